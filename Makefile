@@ -1,0 +1,23 @@
+# make demo: train DDPO_IS and DDPO_SF on the embedded pipeline and draw the curves    make test: everything CI runs
+PYTHON ?= python3
+PIP_CACHE_DIR ?= $(CURDIR)/.venv/cache
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_OFFLINE ?= 1
+.PHONY: demo test readme
+.DELETE_ON_ERROR:
+
+demo: .venv/ready
+	.venv/bin/python -m alignkit.curves --out runs/demo
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -q --durations=8
+
+readme: .venv/ready
+	.venv/bin/python nbs/make_readme.py
+
+.venv/ready: settings.ini setup.py constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] <= (3, 13) else 'alignkit needs Python 3.10 to 3.13, this is ' + sys.version)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints.txt 'torch==2.13.0'
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
