@@ -1,0 +1,107 @@
+"What the end-to-end tests share: one thread, no hub, a pipeline with random weights, and a run that nothing interrupted."
+import os
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+import json, math, multiprocessing
+from pathlib import Path
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+TIMINGS = ("wall_s", "sample_s", "reward_s", "train_s", "peak_mem_bytes", "eval_s")  # the only columns in which two equal runs may differ
+PROMPTS = ["a cat", "a dog"]  # few, so that the statistics of a prompt come into use
+
+
+@pytest.fixture(scope="session")
+def pipe_folder(tmp_path_factory):
+    "A StableDiffusionPipeline with random weights, 32 x 32 pictures, latents 4 x 8 x 8: the tests need no trained weights."
+    from diffusers import UNet2DConditionModel
+    from alignkit import tiny
+    folder = tmp_path_factory.mktemp("pipe")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = tiny.make_tokenizer(folder / "tokenizer")
+        unet = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=128, attention_head_dim=4, norm_num_groups=8)
+        tiny.assemble(tiny.make_clip(tokenizer), tokenizer, tiny.make_vae(), unet).save_pretrained(folder)
+    return str(folder)
+
+
+def brightness(images, prompts):
+    "A reward that costs nothing: how red and how little blue a picture is."
+    return (images[:, 0] - 0.5 * images[:, 2]).mean((1, 2))
+
+
+def small(**changes):
+    "Four epochs of eight pictures; every part of the machinery is in use: several updates, ragged micro-batches, prompt statistics, evaluations."
+    from alignkit.ddpo import DDPOConfig
+    return DDPOConfig(**{**dict(num_epochs=4, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=4, updates_per_epoch=2, micro_batch_size=6, eta=1.,
+                                stats_buffer_size=8, stats_min_count=5, eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2), **changes})
+
+
+def go(pipe_folder, out=None, reward=brightness, resume=False, callbacks=(), **changes):
+    from alignkit.ddpo import train
+    return train(pipe=pipe_folder, reward=reward, prompts=PROMPTS, cfg=small(**changes), out=out, resume=resume, callbacks=callbacks)
+
+
+@pytest.fixture(scope="session")
+def unbroken(pipe_folder, tmp_path_factory):
+    "The folder of a run that nothing interrupted."
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    go(pipe_folder, out)
+    return out
+
+
+def in_child(fn, *args):
+    "Run `fn(*args)` in a forked process, which may be killed; returns its exit code (-9: SIGKILL)."
+    child = multiprocessing.get_context("fork").Process(target=fn, args=args)
+    child.start()
+    child.join(120)
+    if child.exitcode is None:
+        child.kill()
+        raise AssertionError("the child process hangs")
+    return child.exitcode
+
+
+def weights(folder):
+    "The tensors of a checkpoint or of a finished run."
+    return {f"{f.name}: {k}": v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def bits(x):
+    "Something that is equal for two values exactly if they are equal bit for bit; a NaN equals itself."
+    if isinstance(x, torch.Tensor): return str(x.dtype), tuple(x.shape), x.detach().cpu().contiguous().flatten().view(torch.uint8).tolist()
+    if isinstance(x, dict): return {k: bits(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [bits(v) for v in x]
+    if isinstance(x, float): return "nan" if math.isnan(x) else x.hex()
+    return x
+
+
+def history(folder):
+    "The rows of a run without its timings."
+    rows = pd.read_csv(Path(folder) / "history.csv").to_dict("records")
+    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in rows]
+
+
+def assert_same_run(folder, other):
+    "Two run folders tell the same story bit for bit: weights, optimiser, prompt statistics, counters, history, evaluations."
+    folder, other = Path(folder), Path(other)
+    last = lambda f: sorted(p for p in (f / "checkpoints").iterdir() if p.suffix != ".part")[-1]
+    assert last(folder).name == last(other).name
+    a, b = last(folder), last(other)
+    assert len(weights(a)) > 0
+    assert bits(weights(a)) == bits(weights(b)), "weights differ"
+    optimizer = [torch.load(c / "optimizer.pt", weights_only=True) for c in (a, b)]
+    assert len(optimizer[0]["state"]) > 0
+    assert bits(optimizer[0]) == bits(optimizer[1]), "optimiser states differ"
+    state = [{k: v for k, v in json.loads((c / "state.json").read_text()).items() if k != "wall"} for c in (a, b)]
+    assert state[0]["stats"]["buffers"], "no prompt statistics were kept"
+    assert state[0] == state[1], "prompt statistics or counters differ"
+    assert bits(history(folder)) == bits(history(other)), "histories differ"
+    base = [{k: v for k, v in json.loads((f / "eval_base.json").read_text()).items() if k not in TIMINGS} for f in (folder, other)]
+    assert base[0] == base[1], "evaluations of the base model differ"
+    if (folder / "lora").is_dir() or (other / "lora").is_dir(): assert bits(weights(folder / "lora")) == bits(weights(other / "lora")), "final adapters differ"
+    for picture in (folder / "samples").iterdir(): assert picture.read_bytes() == (other / "samples" / picture.name).read_bytes(), picture.name

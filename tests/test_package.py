@@ -1,0 +1,120 @@
+"What is installed is what was written: generated files, light imports, modules that stand alone, a wheel that brings its data."
+import ast, json, os, shutil, subprocess, sys, zipfile
+from pathlib import Path
+import pytest
+from conftest import ROOT
+
+MODULES = sorted(p.stem for p in (ROOT / "alignkit").glob("*.py") if p.stem not in ("__init__", "_modidx"))
+NEVER = {"nbdev", "fastcore", "matplotlib", "IPython", "pytest"}  # no exported module needs one of these to be imported
+
+
+def python(code, cwd, path=ROOT, timeout=300):
+    "Run code in a fresh process, elsewhere, with `path` as the only place to find alignkit; returns what it printed."
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env={**os.environ, "PYTHONPATH": str(path), "HOME": str(cwd)}, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    "A copy of the project without version control, environments and runs."
+    copy = tmp_path_factory.mktemp("tree") / "alignkit"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", "_proc"))
+    return copy
+
+
+def test_clean_and_export_change_nothing(tree):
+    "Notebooks are committed clean, and the package is what they export: neither command changes a byte."
+    files = lambda root: {p.relative_to(root): p.read_bytes() for d in ("nbs", "alignkit") for p in (root / d).rglob("*") if p.is_file() and p.suffix in (".py", ".ipynb")}
+    before = files(tree)
+    assert before
+    for command in ("from nbdev.clean import nbdev_clean; nbdev_clean()", "from nbdev.doclinks import nbdev_export; nbdev_export()"):
+        python(command, tree, tree)
+        after = files(tree)
+        assert after.keys() == before.keys()
+        assert [str(p) for p in after if after[p] != before[p]] == [], command
+
+
+def test_every_notebook_has_its_module():
+    "One notebook, one module: none without its notebook, and index.ipynb is the only one without a module."
+    exported = {}
+    for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        names = [line.split()[-1] for c in cells if c["cell_type"] == "code" for line in c["source"] if line.startswith("#| default_exp")]
+        if notebook.stem != "index": assert len(names) == 1, notebook.name
+        exported.update(dict.fromkeys(names, notebook.stem))
+    assert sorted(exported) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_are_light(module):
+    "No exported module imports nbdev, fastcore, matplotlib, IPython or pytest when it is imported, and each imports only modules of lower-numbered notebooks."
+    body = ast.parse((ROOT / "alignkit" / f"{module}.py").read_text(encoding="utf-8")).body
+    names = {a.name.split(".")[0] for n in body if isinstance(n, ast.Import) for a in n.names} | {(n.module or "").split(".")[0] for n in body if isinstance(n, ast.ImportFrom) and not n.level}
+    assert not names & NEVER
+    number = {p.stem.split("_", 1)[1]: p.stem.split("_", 1)[0] for p in (ROOT / "nbs").glob("[0-9]*_*.ipynb")}
+    for node in ast.walk(ast.parse((ROOT / "alignkit" / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module: assert number[node.module] < number[module], f"{module} imports {node.module}"
+
+
+def test_nothing_heavy_comes_along(tmp_path):
+    "Importing all modules brings in none of nbdev, fastcore, matplotlib, IPython, pytest, by whatever way."
+    out = python("import sys\n" + "\n".join(f"import alignkit.{m}" for m in MODULES) + f"\nprint(sorted({NEVER!r} & set(sys.modules)))", tmp_path)
+    assert out.strip() == "[]"
+
+
+CALLS = {  # one function of every module, called as a user would
+    "pipelines": "from alignkit.pipelines import encode, load; pipe = load(PIPE); assert encode(pipe, ['a cat', 'a cat', 'a dog']).shape[0] == 3",
+    "mdp": "from alignkit.mdp import draw; assert tuple(draw(pipe, ['a cat', 'a dog'], num_inference_steps=2, guidance_scale=2.).shape) == (2, 3, 32, 32)",
+    "logprob": "import torch; from alignkit.logprob import step_log_prob; assert abs(step_log_prob(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 1)).item() + 0.9189385) < 1e-6",
+    "prompts": "from alignkit.prompts import get_prompts; assert len(get_prompts('simple_animals').texts) == 45 and get_prompts(['a', 'b']).sample(0, 0, 0) in 'ab'",
+    "rewards": "from alignkit.rewards import get_reward, score; r = get_reward({'jpeg_compressibility': 1., 'jpeg_incompressibility': 1.}); assert score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).tolist() == [0, 0]",
+    "runs": "from alignkit.runs import RunFolder, environment, image_grid; RunFolder('one').create({}); assert environment()['versions']['torch'] and image_grid(torch.rand(3, 3, 8, 8), 2).size == (16, 16)",
+    "ddpo": "from alignkit.ddpo import preset, train; run = train(PIPE, prompts=['a cat'], cfg=preset('trl', mixed_precision='no', samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2, num_epochs=1), out='two'); "
+            "assert len(run.history) == 1; run.save_lora('lora'); run.plot('queries')",
+    "curves": "from alignkit.curves import read_run; assert len(read_run('two').history) == 1",
+    "tiny": "import numpy; from alignkit.tiny import load_glyphs, render; assert render('cat', 'riding a bike', numpy.random.default_rng(0), load_glyphs(GLYPHS)).shape == (64, 64, 3)",
+}
+
+
+def test_modules_work_from_a_fresh_process_elsewhere(pipe_folder, tmp_path):
+    "Exported code leans on nothing of its notebook: one function of every module runs in a fresh process in another folder."
+    assert sorted(CALLS) == MODULES  # a new module gets a line above
+    order = [m for m in CALLS]
+    python(f"import torch, matplotlib; matplotlib.use('agg'); torch.set_num_threads(1); PIPE = {pipe_folder!r}; GLYPHS = {str(ROOT / 'data' / 'glyphs')!r}\n" + "\n".join(CALLS[m] for m in order), tmp_path)
+
+
+def test_the_wheel_brings_its_data(tree, tmp_path):
+    "A wheel built offline and unpacked elsewhere loads the embedded pipeline and trains one epoch; it carries the licence of the font and no notebook."
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path / "wheels", tree], check=True, capture_output=True, timeout=300)
+    wheel, = (tmp_path / "wheels").glob("alignkit-*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        names = z.namelist()
+        z.extractall(tmp_path / "site")
+    assert {f"alignkit/{m}.py" for m in MODULES} <= set(names)
+    assert not [n for n in names if n.endswith(".ipynb") or n.startswith(("tests/", "nbs/"))]
+    wanted = {f"alignkit/{p.relative_to(ROOT)}" for p in (ROOT / "data").rglob("*") if p.is_file()}
+    assert wanted <= set(names), sorted(wanted - set(names))[:5]
+    out = python("import alignkit.pipelines as p, torch; torch.set_num_threads(1); print(p.__file__); print(p.data_dir())\n"
+                 "from alignkit.ddpo import train, DDPOConfig\n"
+                 "run = train('tiny', 'jpeg_compressibility', 'simple_animals', DDPOConfig(num_epochs=1, samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2), out='run')\n"
+                 "assert run.history.reward_mean[0] < 0", tmp_path, tmp_path / "site")
+    assert out.split() == [str(tmp_path / "site" / "alignkit" / "pipelines.py"), str(tmp_path / "site" / "alignkit" / "data")]
+
+
+def test_torchvision_is_absent_or_works():
+    "A torchvision that does not fit torch breaks `from diffusers import StableDiffusionPipeline`; without one all is well."
+    from importlib.util import find_spec
+    if find_spec("torchvision"):
+        import torchvision
+        torchvision.ops.nms
+
+
+@pytest.mark.skipif(not (ROOT / "nbs" / "make_readme.py").is_file(), reason="nbs/make_readme.py is not here")
+def test_readme_is_what_the_index_says(tree):
+    "README.md and its pictures are generated from nbs/index.ipynb."
+    files = lambda: {p: p.read_bytes() for p in (tree / "README.md", *sorted((tree / "nbs").rglob("*"))) if p.is_file() and "__pycache__" not in p.parts}
+    before = files()
+    done = subprocess.run([sys.executable, "nbs/make_readme.py"], cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert files() == before
