@@ -1,10 +1,8 @@
 # make demo: train DDPO_IS and DDPO_SF on the embedded pipeline and draw the curves    make test: everything CI runs
 PYTHON ?= python3
-PIP_CACHE_DIR ?= $(CURDIR)/.venv/cache
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test readme
-.DELETE_ON_ERROR:
 
 demo: .venv/ready
 	.venv/bin/python -m alignkit.curves --out runs/demo
