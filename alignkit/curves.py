@@ -6,8 +6,8 @@
 __all__ = ['SETTINGS', 'METHODS', 'read_run', 'recorded', 'evaluations', 'kept_epoch', 'summary', 'compare', 'sample_strip',
            'demo', 'main']
 
-# %% ../nbs/12_curves.ipynb #cbd08b7b
-import argparse, json
+# %% ../nbs/12_curves.ipynb #cdfe2f01
+import argparse, json, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd
@@ -17,8 +17,8 @@ from .ddpo import DDPOConfig, train
 from .pipelines import data_dir
 from .runs import Run, RunFolder
 
-# %% ../nbs/12_curves.ipynb #4831096b
-SETTINGS = dict(num_epochs=24, eval_every=2, eval_samples=48, eval_guidance_scale=3., eval_rewards=("clip_named",), save_every=2, keep_checkpoints=1000)
+# %% ../nbs/12_curves.ipynb #41c18c6e
+SETTINGS = dict(num_epochs=32, eval_every=2, eval_samples=48, eval_guidance_scale=3., eval_rewards=("clip_named",), save_every=2, keep_checkpoints=1000)
 METHODS = {
     "ddpo_is": DDPOConfig(method="ddpo_is", updates_per_epoch=8, **SETTINGS),
     "ddpo_sf": DDPOConfig(method="ddpo_sf", updates_per_epoch=1, **SETTINGS),
@@ -78,7 +78,7 @@ def summary(
             queries=int(last.queries), train_s=last.wall_s))
     return pd.DataFrame(rows)
 
-# %% ../nbs/12_curves.ipynb #e2b7aec5
+# %% ../nbs/12_curves.ipynb #399de72d
 def compare(
     runs:list[Run],  # of one reward and one pipeline
     x:str="both",  # 'wall_s', 'queries', or 'both' side by side
@@ -99,7 +99,7 @@ def compare(
             mean = pd.concat(tables).groupby("epoch")[[column, "eval_reward_mean"]].mean()
             ax.plot(mean[column], mean.eval_reward_mean, "o-", ms=3, color=color, label=f"{method} ({len(tables)} seed{'s' * (len(tables) > 1)})")
             ax.set_xlabel(columns[column])
-    axes[0, 0].set_ylabel(f"held-out {runs[0].config['reward']}" + (" (−kB)" if runs[0].config["reward"] == "jpeg_compressibility" else ""))
+    axes[0, 0].set_ylabel(f"held-out reward\n{runs[0].config['reward']}" + (" (−kB)" if runs[0].config["reward"] == "jpeg_compressibility" else ""))
     axes[0, 0].legend(frameon=False, fontsize=8)
     return fig
 
@@ -115,7 +115,7 @@ def sample_strip(
     for i, p in enumerate(pictures): strip.paste(p.crop((0, 0, width, height)), (0, i * (height + 8)))
     return strip
 
-# %% ../nbs/12_curves.ipynb #0c5c8c82
+# %% ../nbs/12_curves.ipynb #d1bb89a5
 def demo(
     out:str|Path="runs/demo",  # one run folder a method, the curve and the pictures
     seed:int=0,
@@ -124,13 +124,21 @@ def demo(
     progress:bool=True,
 ) -> list[Run]:
     "Train every method on JPEG compressibility from the same seed, go on where an earlier call was cut off, and draw the result."
-    import matplotlib; matplotlib.use("Agg")
     if unknown := set(methods) - set(METHODS): raise ValueError(f"methods: {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
-    out, runs = Path(out), []
-    for method in methods:
+    out = Path(out)
+    if len(methods) > 1:  # side by side, each with its share of the cores
+        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(methods)))}
+        calls = [f"from alignkit.curves import demo; demo({str(out)!r}, {seed}, ({method!r},), {num_epochs}, {progress})" for method in methods]
+        jobs = [subprocess.Popen([sys.executable, "-c", call], env=env) for call in calls]
+        if any([job.wait() for job in jobs]): raise RuntimeError(f"a run failed, see above; what it had finished is in {out}, and the same call goes on from there")
+        runs = [read_run(out / f"{method}_seed{seed}") for method in methods]
+    else:
+        method, = methods
         cfg = replace(METHODS[method], seed=seed, progress=progress, **({} if num_epochs is None else dict(num_epochs=num_epochs)))
-        runs.append(train("tiny", "jpeg_compressibility", "simple_animals", cfg, out=out / f"{method}_seed{seed}", resume=True))
-    compare(runs).savefig(out / "curve.png", dpi=150)
+        runs = [train("tiny", "jpeg_compressibility", "simple_animals", cfg, out=out / f"{method}_seed{seed}", resume=True)]
+    import matplotlib.pyplot as plt
+    fig = compare(runs)
+    fig.savefig(out / "curve.png", dpi=150); plt.close(fig)
     for run in runs: sample_strip(run).save(out / f"samples_{run.config['method']}.png")
     summary(runs).to_csv(out / "summary.csv", index=False)
     return runs
@@ -140,6 +148,7 @@ def main():
     parser.add_argument("--out", default="runs/demo"); parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS)); parser.add_argument("--num-epochs", type=int)
     args = parser.parse_args()
+    import matplotlib; matplotlib.use("Agg")  # a terminal has no window
     for seed in args.seeds:
         runs = demo(args.out, seed, tuple(args.methods), args.num_epochs)
         print(summary(runs).round(3).T.to_string())

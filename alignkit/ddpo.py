@@ -247,7 +247,7 @@ def _peak_memory():
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_ddpo.ipynb #6a4baf6f
+# %% ../nbs/08_ddpo.ipynb #8bd5b2aa
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -325,6 +325,7 @@ def train(
         stats.load_state_dict(state["stats"])
         if accelerator.scaler and state["scaler"]: accelerator.scaler.load_state_dict(state["scaler"])
     if going_on:
+        if main: folder.extend(config)
         if main: run.rows = folder.read_history(before=start)
         accelerator.wait_for_everyone()
         if not main: run.rows = folder.read_history()

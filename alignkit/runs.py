@@ -52,7 +52,7 @@ def write_atomic(
         f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(beside, path)
 
-# %% ../nbs/06_runs.ipynb #38b5e877
+# %% ../nbs/06_runs.ipynb #d7a077af
 def _number(text):
     "As it was written: Python's floats come back bit for bit."
     for kind in (int, float):
@@ -88,6 +88,13 @@ class RunFolder:
         plain = json.loads(json.dumps(config))
         differ = [k for k in sorted({*saved, *plain}) if saved.get(k) != plain.get(k) and k not in free]
         if differ: raise ValueError(f"resume: {self.path} was made with another config: " + "; ".join(f"{k} was {saved.get(k)!r}, now {plain.get(k)!r}" for k in differ))
+
+    def extend(self,
+        config:dict,  # checked by `check_config`
+    ):
+        "Record the settings that may change between two parts of a run, such as more epochs."
+        saved = json.loads(self.config_file.read_text())
+        if saved["config"] != (plain := json.loads(json.dumps(config))): write_atomic(self.config_file, json.dumps(dict(saved, config=plain), indent=2))
 
     def checkpoints(self) -> list[Path]:  # complete ones, oldest first
         "Half-written checkpoints have another name and are not listed."
