@@ -446,7 +446,7 @@ def test_resume_refuses_another_config(pipe_folder, unbroken, tmp_path):
     shutil.copytree(unbroken, tmp_path / "run")
     files = lambda: {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
     before = files()
-    with pytest.raises(ValueError, match=r"clip_range was 0.001, now 0.5; seed was 0, now 1"): go(pipe_folder, tmp_path / "run", resume=True, seed=1, clip_range=0.5)
+    with pytest.raises(ValueError, match=r"clip_range was 0.002, now 0.5; seed was 0, now 1"): go(pipe_folder, tmp_path / "run", resume=True, seed=1, clip_range=0.5)
     with pytest.raises(ValueError, match="reward was 'brightness', now 'other'"): go(pipe_folder, tmp_path / "run", reward=Reward(brightness, "other"), resume=True)
     with pytest.raises(FileExistsError, match="resume=True"): go(pipe_folder, tmp_path / "run")
     assert files() == before

@@ -19,7 +19,8 @@ def python(code, cwd, path=ROOT, timeout=300):
 def tree(tmp_path_factory):
     "A copy of the project without version control, environments and runs."
     copy = tmp_path_factory.mktemp("tree") / "alignkit"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", "_proc"))
+    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", "_proc")
+    shutil.copytree(ROOT, copy, ignore=lambda folder, names: skip(folder, names) | ({"runs"} if Path(folder) == ROOT else set()))  # data/runs stays
     return copy
 
 
