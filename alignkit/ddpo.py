@@ -247,7 +247,7 @@ def _peak_memory():
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_ddpo.ipynb #8bd5b2aa
+# %% ../nbs/08_ddpo.ipynb #48cd3c77
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -273,7 +273,7 @@ def train(
     if resume_from and not going_on: raise FileNotFoundError(f"resume: {out} holds no run (it has no config.json)")
     if going_on: folder.check_config(config)
     pipe = load(pipe, device=device)
-    if device.type == "cpu": keep_freed_memory()  # a fifth of the time of an update
+    if device.type == "cpu": keep_freed_memory()  # page faults fall to nearly none; 0 to 25 % of an update's time in trials on a busy machine
     if cfg.num_inference_steps > (most := pipe.scheduler.config.num_train_timesteps): raise ValueError(f"num_inference_steps: at most {most} for this pipeline, got {cfg.num_inference_steps}")
     accelerator.wait_for_everyone()  # all have looked whether there is a run, before one of them starts it
     if folder and main and not going_on: folder.create(config)

@@ -282,7 +282,7 @@ def unet_loss(
     snr = alpha_prod_t / (1 - alpha_prod_t)
     return (((noise_pred - noise) ** 2).mean(dim=(1, 2, 3)) * snr.clamp(max=gamma) / snr).mean()
 
-# %% ../nbs/13_tiny.ipynb #46f17b95
+# %% ../nbs/13_tiny.ipynb #dde4cb41
 def fit(
     module:torch.nn.Module,  # trained in place
     loss_fn,  # generator -> scalar loss; draws its batch and noise from the generator alone
@@ -293,7 +293,7 @@ def fit(
     seed:int=0,
     weight_decay:float=1e-4,
     max_norm:float=1.,  # gradient clip
-    bf16:bool=False,  # bfloat16 autocast: 1.5 times as fast for the VAE where the CPU has AVX512-BF16, slower elsewhere
+    bf16:bool=False,  # bfloat16 autocast: 1.2 to 1.5 times as fast for the VAE on a CPU with AVX512-BF16
     save_every:int=500,  # steps
     log_every:int=50,  # steps
     progress:bool=False,
