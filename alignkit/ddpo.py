@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'PromptStats', 'DDPOConfig', 'preset', 'update_groups', 'pair_batches',
            'pair_log_prob', 'train']
 
-# %% ../nbs/08_ddpo.ipynb #95caf296
+# %% ../nbs/08_ddpo.ipynb #0ea59376
 import json, math, resource, sys, time
 from collections import defaultdict, deque
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .logprob import step_log_prob
 from .mdp import ddim_mean_std, generator_for, rollout, sample_noise
-from .pipelines import ATTENTION, add_lora, cast, decode, encode, keep_freed_memory, load, load_lora, predict, save_lora
+from .pipelines import ATTENTION, add_lora, cast, decode, encode, load, load_lora, predict, save_lora
 from .prompts import get_prompts
 from .rewards import RewardError, get_reward, score
 from .runs import Run, RunFolder, evaluate_fixed, image_grid, write_atomic
@@ -247,7 +247,7 @@ def _peak_memory():
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_ddpo.ipynb #48cd3c77
+# %% ../nbs/08_ddpo.ipynb #95a0621f
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -273,7 +273,6 @@ def train(
     if resume_from and not going_on: raise FileNotFoundError(f"resume: {out} holds no run (it has no config.json)")
     if going_on: folder.check_config(config)
     pipe = load(pipe, device=device)
-    if device.type == "cpu": keep_freed_memory()  # page faults fall to nearly none; 0 to 25 % of an update's time in trials on a busy machine
     if cfg.num_inference_steps > (most := pipe.scheduler.config.num_train_timesteps): raise ValueError(f"num_inference_steps: at most {most} for this pipeline, got {cfg.num_inference_steps}")
     accelerator.wait_for_everyone()  # all have looked whether there is a run, before one of them starts it
     if folder and main and not going_on: folder.create(config)

@@ -9,7 +9,7 @@ __all__ = ['SIZE', 'ANIMALS', 'GLYPHS', 'BACKGROUNDS', 'STAGES', 'STEPS', 'extra
            'train_clip', 'train_vae', 'set_scaling_factor', 'encode_latents', 'train_unet', 'assemble', 'save', 'build',
            'main', 'psnr', 'recognised']
 
-# %% ../nbs/13_tiny.ipynb #9a1e5a18
+# %% ../nbs/13_tiny.ipynb #b0a3a1be
 import argparse, csv, json, math, os, shutil, time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from .pipelines import keep_freed_memory, quiet
+from .pipelines import quiet
 from .prompts import ACTIVITIES, SIMPLE_ANIMALS, TINY_ANIMALS, article
 from .rewards import embed_images, load_clip, name_images
 from .runs import environment
@@ -282,7 +282,7 @@ def unet_loss(
     snr = alpha_prod_t / (1 - alpha_prod_t)
     return (((noise_pred - noise) ** 2).mean(dim=(1, 2, 3)) * snr.clamp(max=gamma) / snr).mean()
 
-# %% ../nbs/13_tiny.ipynb #dde4cb41
+# %% ../nbs/13_tiny.ipynb #85bb201e
 def fit(
     module:torch.nn.Module,  # trained in place
     loss_fn,  # generator -> scalar loss; draws its batch and noise from the generator alone
@@ -311,7 +311,6 @@ def fit(
         module.load_state_dict(state["module"]); opt.load_state_dict(state["opt"])
         if ema: ema.load_state_dict(state["ema"])
         start, spent, rows = state["step"], state["minutes"], state["rows"]
-    keep_freed_memory()
     began, total = time.perf_counter(), torch.zeros(())
     minutes = lambda: spent + (time.perf_counter() - began) / 60
     module.train()
