@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'PromptStats', 'DDPOConfig', 'preset', 'update_groups', 'pair_batches',
            'pair_log_prob', 'train']
 
-# %% ../nbs/08_ddpo.ipynb #0ea59376
+# %% ../nbs/08_ddpo.ipynb #bd567195
 import json, math, resource, sys, time
 from collections import defaultdict, deque
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .logprob import step_log_prob
 from .mdp import ddim_mean_std, generator_for, rollout, sample_noise
-from .pipelines import ATTENTION, add_lora, cast, decode, encode, load, load_lora, predict, save_lora
+from .pipelines import ATTENTION, add_lora, cast, decode, encode, fast_layers, load, load_lora, predict, save_lora
 from .prompts import get_prompts
 from .rewards import RewardError, get_reward, score
 from .runs import Run, RunFolder, evaluate_fixed, image_grid, write_atomic
@@ -89,7 +89,7 @@ class PromptStats:
         self.__init__(state["buffer_size"], state["min_count"])
         for p, rewards in state["buffers"].items(): self.buffers[p].extend(rewards)
 
-# %% ../nbs/08_ddpo.ipynb #8ed0bc4f
+# %% ../nbs/08_ddpo.ipynb #9cb60075
 @dataclass
 class DDPOConfig:
     "Every setting of a run. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
@@ -125,7 +125,7 @@ class DDPOConfig:
     max_grad_norm:float = 1.  # ddpo-pytorch
     recompute_log_probs:bool|None = None  # old log-probs from the training path: True, False, or None: only in half precision
     per_prompt_stats:bool = True  # advantages per prompt; False: over the epoch's batch
-    stats_buffer_size:int = 32  # ddpo-pytorch: 16, the JAX code: 32
+    stats_buffer_size:int = 8  # about six epochs of a prompt, as 16 (ddpo-pytorch) and 32 (JAX) are with their 256 pictures an epoch
     stats_min_count:int = 4  # ddpo-pytorch: 16; with 45 prompts and 64 pictures an epoch that would take 12 epochs
     # evaluate and save
     eval_prompts:str|tuple = "heldout_animals"  # a name, a file or the prompts themselves
@@ -247,7 +247,7 @@ def _peak_memory():
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_ddpo.ipynb #95a0621f
+# %% ../nbs/08_ddpo.ipynb #bbb5d049
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -287,6 +287,7 @@ def train(
     else: params = list(pipe.unet.requires_grad_(True).parameters())
     unet, optimizer = accelerator.prepare(pipe.unet, _optimizer(params, cfg))
     policy = accelerator.unwrap_model(unet)  # draws samples: no process waits for another there
+    fast_layers(policy)
     unet.eval()
     negative_embeds = encode(pipe, [""]) if cfg.guidance_scale != 1 else None
     known_embeds = {}
@@ -441,6 +442,7 @@ def train(
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
         if stop: break
     accelerator.unwrap_model(unet, keep_fp32_wrapper=False)
+    fast_layers(policy, False)  # the pipeline handed back is plain
     if folder and main and cfg.trainable == "lora": save_lora(policy, folder.path / "lora")
     elif folder and main: policy.save_pretrained(folder.path / "unet")
     return run

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'ATTENTION', 'data_dir', 'quiet', 'cast', 'load', 'encode', 'predict', 'decode', 'add_lora',
-           'adapter_off', 'lora_state', 'save_lora', 'load_lora']
+           'adapter_off', 'fast_layers', 'lora_state', 'save_lora', 'load_lora']
 
 # %% ../nbs/01_pipelines.ipynb #d49d7eaa
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ def cast(
     "Change the dtype of all weights, without the warning that diffusers' own `.to` gives for modules it need not worry about."
     return torch.nn.Module.to(module, dtype=dtype)
 
-# %% ../nbs/01_pipelines.ipynb #77d3cfee
+# %% ../nbs/01_pipelines.ipynb #b472f974
 def load(
     pipe="tiny",  # 'tiny', a folder in diffusers format, a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or a loaded pipeline
     dtype:torch.dtype=torch.float32,  # of the weights; ignored for a loaded pipeline
@@ -69,7 +69,6 @@ def load(
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
-    for part in (pipe.unet, pipe.vae): part.to(memory_format=torch.channels_last)  # the order that convolutions compute in: nothing to rearrange around each
     return pipe.to(device)
 
 # %% ../nbs/01_pipelines.ipynb #b831ae0f
@@ -115,9 +114,40 @@ def decode(
     parts = [vae.decode((x / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0] for x in latents.split(batch_size)]
     return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
 
-# %% ../nbs/01_pipelines.ipynb #1be804d9
+# %% ../nbs/01_pipelines.ipynb #49d422a5
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the linear layers of every attention block: ddpo-pytorch's and TRL's targets
 
+def add_lora(
+    unet,  # UNet2DConditionModel, frozen
+    r:int=4,  # rank
+    lora_alpha:float|None=None,  # the update is scaled by lora_alpha / r; None: r, a scale of 1
+    target_modules:tuple=ATTENTION,
+    seed:int=0,  # of the factor that does not start at zero
+) -> list[torch.nn.Parameter]:  # the trainable factors, float32
+    "Low-rank adapters by peft (arXiv:2106.09685): W + (lora_alpha / r) B A, with B = 0 at the start, so the model is unchanged."
+    from peft import LoraConfig
+    if r < 1: raise ValueError(f"r: a rank of at least 1, got {r}")
+    if getattr(unet, "peft_config", None): unet.delete_adapters(list(unet.peft_config))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=r, lora_alpha=r if lora_alpha is None else lora_alpha, init_lora_weights="gaussian", target_modules=list(target_modules)))
+    params = [p for p in unet.parameters() if p.requires_grad]
+    for p in params: p.data = p.data.float()
+    return params
+
+# %% ../nbs/01_pipelines.ipynb #3b949b5f
+@contextmanager
+def adapter_off(
+    unet,  # with or without an adapter
+):
+    "Inside, the UNet is the base model."
+    has = bool(getattr(unet, "peft_config", None))
+    if has: unet.disable_adapters()
+    try: yield unet
+    finally:
+        if has: unet.enable_adapters()
+
+# %% ../nbs/01_pipelines.ipynb #58d91edd
 class _AdaptedLinear(torch.autograd.Function):
     "x -> (W + s B A) x + b, with the gradients of x, A and B; W is frozen, and no copy of it is kept."
     @staticmethod
@@ -145,38 +175,17 @@ def _adapted_forward(layer, x, *args, **kwargs):
     base, A, B = layer.base_layer, layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
     return _AdaptedLinear.apply(x, base.weight, base.bias, A, B, layer.scaling[names[0]])
 
-def add_lora(
-    unet,  # UNet2DConditionModel, frozen
-    r:int=4,  # rank
-    lora_alpha:float|None=None,  # the update is scaled by lora_alpha / r; None: r, a scale of 1
-    target_modules:tuple=ATTENTION,
-    seed:int=0,  # of the factor that does not start at zero
-) -> list[torch.nn.Parameter]:  # the trainable factors, float32
-    "Low-rank adapters by peft (arXiv:2106.09685): W + (lora_alpha / r) B A, with B = 0 at the start, so the model is unchanged."
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-    if r < 1: raise ValueError(f"r: a rank of at least 1, got {r}")
-    if getattr(unet, "peft_config", None): unet.delete_adapters(list(unet.peft_config))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(r=r, lora_alpha=r if lora_alpha is None else lora_alpha, init_lora_weights="gaussian", target_modules=list(target_modules)))
-    params = [p for p in unet.parameters() if p.requires_grad]
-    for p in params: p.data = p.data.float()
-    for layer in unet.modules():
-        if type(layer) is Linear and isinstance(layer.base_layer, torch.nn.Linear): layer.forward = MethodType(_adapted_forward, layer)
-    return params
-
-# %% ../nbs/01_pipelines.ipynb #3b949b5f
-@contextmanager
-def adapter_off(
-    unet,  # with or without an adapter
+def fast_layers(
+    unet,  # UNet2DConditionModel, with or without an adapter
+    on:bool=True,  # False: plain layers again
 ):
-    "Inside, the UNet is the base model."
-    has = bool(getattr(unet, "peft_config", None))
-    if has: unet.disable_adapters()
-    try: yield unet
-    finally:
-        if has: unet.enable_adapters()
+    "The same function computed faster, within float error: convolutions with channels innermost, one matrix product for each adapted layer."
+    from peft.tuners.lora import Linear
+    unet.to(memory_format=torch.channels_last if on else torch.contiguous_format)
+    for layer in unet.modules():
+        if type(layer) is Linear and isinstance(layer.base_layer, torch.nn.Linear):
+            if on: layer.forward = MethodType(_adapted_forward, layer)
+            else: layer.__dict__.pop("forward", None)
 
 # %% ../nbs/01_pipelines.ipynb #48a9946e
 def lora_state(

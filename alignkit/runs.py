@@ -159,7 +159,7 @@ def image_grid(
     for i, p in enumerate(pictures): grid.paste(Image.fromarray(p), (i % columns * W, i // columns * H))
     return grid.resize((grid.width * scale, grid.height * scale), Image.NEAREST)
 
-# %% ../nbs/06_runs.ipynb #3b1e99b0
+# %% ../nbs/06_runs.ipynb #91d17f0e
 def evaluate_fixed(
     pipe,  # pipeline under test, as it is
     reward,  # from `rewards.get_reward`
@@ -172,11 +172,12 @@ def evaluate_fixed(
     batch_size:int=64,
     others:tuple=(),  # further rewards, not trained on: each adds eval_<name>_mean
     epoch:int|None=None,  # for the message when a reward fails
+    purpose:str="eval",  # of the noise, see `mdp.generator_for`: another word draws noise that no choice made on evaluations has seen
 ) -> tuple[dict, Tensor]:  # eval_reward_mean, eval_reward_std, eval_reward_sem, eval_<name>_mean ..., eval_s; images (num_samples, 3, H, W)
     "The same prompts and noise every time, so that two evaluations differ by the weights alone."
     began = time.perf_counter()
     texts = [prompts.texts[i % len(prompts.texts)] for i in range(num_samples)]
-    images = draw(pipe, texts, seed, "eval", 0, num_inference_steps, guidance_scale, eta, batch_size)
+    images = draw(pipe, texts, seed, purpose, 0, num_inference_steps, guidance_scale, eta, batch_size)
     r = score(reward, images, texts, epoch)
     std = r.std(correction=1).item() if num_samples > 1 else 0.
     second = {f"eval_{other.name}_mean": score(other, images, texts, epoch).mean().item() for other in others}
