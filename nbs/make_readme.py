@@ -17,7 +17,7 @@ def readme() -> tuple[str, dict[str, bytes]]:
     exporter = MarkdownExporter(config={"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ("remove_input",)}})
     body, resources = exporter.from_notebook_node(nb, resources={"output_files_dir": "nbs/index_files"})
     body = body.replace("](../", "](")  # links of the notebook start in nbs/
-    body = re.sub(r"\]\((\d\d_\w+\.ipynb)\)", r"](nbs/\1)", body)
+    body = re.sub(r"\]\((\d\d\w+\.ipynb)\)", r"](nbs/\1)", body)
     return "<!-- Made from nbs/index.ipynb by nbs/make_readme.py: edit the notebook. -->\n\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", resources["outputs"]
 
 if __name__ == "__main__":

@@ -70,6 +70,11 @@ CALLS = {  # one function of every module, called as a user would
     "logprob": "import torch; from alignkit.logprob import step_log_prob; assert abs(step_log_prob(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 1)).item() + 0.9189385) < 1e-6",
     "prompts": "from alignkit.prompts import get_prompts; assert len(get_prompts('simple_animals').texts) == 45 and get_prompts(['a', 'b']).sample(0, 0, 0) in 'ab'",
     "rewards": "from alignkit.rewards import get_reward, score; r = get_reward({'jpeg_compressibility': 1., 'jpeg_incompressibility': 1.}); assert score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).tolist() == [0, 0]",
+    "jpeg_soft": "r = get_reward('jpeg_soft'); assert r.differentiable and score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).shape == (2,)",
+    "clip_rewards": "r = get_reward('clip_similarity'); assert score(r, torch.rand(2, 3, 64, 64), ['a cat', 'a dog']).abs().max() <= 1",
+    "vlm_rewards": "from alignkit.vlm_rewards import prompt_alignment, vqa; r = vqa({'two cats': [('How many?', '2')]}, vlm=lambda files, questions: ['There are two.'] * len(questions)); assert r(torch.rand(1, 3, 16, 16), ['two cats']).item() == 1",
+    "object_count": "from alignkit.object_count import box_iou, object_count; assert box_iou(torch.tensor([[[0., 0., 1., 1.]]])).item() == 1",
+    "reward_model": "r = get_reward({'gold': 1., 'tiny_aesthetic': 1.}); assert score(r, torch.rand(2, 3, 64, 64), ['cat', 'dog']).shape == (2,)",
     "runs": "from alignkit.runs import RunFolder, environment, image_grid; RunFolder('one').create({}); assert environment()['versions']['torch'] and image_grid(torch.rand(3, 3, 8, 8), 2).size == (16, 16)",
     "ddpo": "from alignkit.ddpo import preset, train; run = train(PIPE, prompts=['a cat'], cfg=preset('trl', mixed_precision='no', samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2, num_epochs=1), out='two'); "
             "assert len(run.history) == 1; run.save_lora('lora'); run.plot('queries')",
