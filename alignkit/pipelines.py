@@ -6,11 +6,12 @@
 __all__ = ['PIPELINES', 'ATTENTION', 'data_dir', 'quiet', 'cast', 'load', 'encode', 'predict', 'decode', 'add_lora',
            'adapter_off', 'fast_layers', 'lora_state', 'save_lora', 'load_lora']
 
-# %% ../nbs/01_pipelines.ipynb #d49d7eaa
+# %% ../nbs/01_pipelines.ipynb #353297a0
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/01_pipelines.ipynb #39cb99f3
@@ -147,23 +148,28 @@ def adapter_off(
     finally:
         if has: unet.enable_adapters()
 
-# %% ../nbs/01_pipelines.ipynb #58d91edd
+# %% ../nbs/01_pipelines.ipynb #5dcb8c3c
+def _linear(x, W, b=None):
+    "x W^T + b for tokens (B, L, d_in); in float32 on a CPU as a convolution of one pixel, by oneDNN."
+    if x.dim() != 3 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return F.linear(x, W, b)
+    return F.conv2d(x.unsqueeze(2).permute(0, 3, 1, 2), W[:, :, None, None], b).permute(0, 2, 3, 1).flatten(1, 2)
+
 class _AdaptedLinear(torch.autograd.Function):
     "x -> (W + s B A) x + b, with the gradients of x, A and B; W is frozen, and no copy of it is kept."
     @staticmethod
     def forward(ctx, x, W, b, A, B, s):
         ctx.save_for_backward(x, W, A, B)
         ctx.s = s
-        return torch.nn.functional.linear(x, torch.addmm(W, B, A, alpha=s), b)
+        return _linear(x, torch.addmm(W, B, A, alpha=s), b)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, W, A, B = ctx.saved_tensors
+        grad_x = _linear(grad, torch.addmm(W, B, A, alpha=ctx.s).T) if ctx.needs_input_grad[0] else None
         rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        inner = grad @ B
-        grad_x = torch.addmm(grad @ W, inner, A, alpha=ctx.s).view_as(x) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, ctx.s * (inner.T @ rows), ctx.s * (grad.T @ (rows @ A.T)), None
+        return grad_x, None, None, ctx.s * ((grad @ B).T @ rows), ctx.s * (grad.T @ (rows @ A.T)), None
 
 def _adapted_forward(layer, x, *args, **kwargs):
     "The forward of a peft LoRA layer, product of the factors first. Everything but one plain adapter in float32 is left to peft."
@@ -175,17 +181,19 @@ def _adapted_forward(layer, x, *args, **kwargs):
     base, A, B = layer.base_layer, layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
     return _AdaptedLinear.apply(x, base.weight, base.bias, A, B, layer.scaling[names[0]])
 
+def _linear_forward(layer, x): return _linear(x, layer.weight, layer.bias)
+
 def fast_layers(
     unet,  # UNet2DConditionModel, with or without an adapter
     on:bool=True,  # False: plain layers again
 ):
-    "The same function computed faster, within float error: convolutions with channels innermost, one matrix product for each adapted layer."
+    "The same function computed faster, within float error: channels innermost, one matrix product for each adapted layer, the faster library for each product."
     from peft.tuners.lora import Linear
     unet.to(memory_format=torch.channels_last if on else torch.contiguous_format)
     for layer in unet.modules():
-        if type(layer) is Linear and isinstance(layer.base_layer, torch.nn.Linear):
-            if on: layer.forward = MethodType(_adapted_forward, layer)
-            else: layer.__dict__.pop("forward", None)
+        fast = _linear_forward if type(layer) is torch.nn.Linear else _adapted_forward if type(layer) is Linear and isinstance(layer.base_layer, torch.nn.Linear) else None
+        if fast and on: layer.forward = MethodType(fast, layer)
+        elif fast: layer.__dict__.pop("forward", None)
 
 # %% ../nbs/01_pipelines.ipynb #48a9946e
 def lora_state(

@@ -107,7 +107,7 @@ def main():
     parser.add_argument("--out", type=Path, help="JSON file; without it the result is printed")
     parser.add_argument("--pipe", type=Path, default=ROOT / "data" / "tiny-sd", help="folder of a pipeline in diffusers format")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=32, help="alignkit's micro_batch_size")
+    parser.add_argument("--pairs", type=int, default=30, help="alignkit's micro_batch_size")
     parser.add_argument("--trl-python", help="python of an environment with trl==0.23.1")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "alignkit" / "trl-0.23.1", help="where an environment for TRL is made")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
