@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'PromptStats', 'DDPOConfig', 'preset', 'update_groups', 'pair_batches',
            'pair_log_prob', 'train']
 
-# %% ../nbs/08_ddpo.ipynb #bd567195
+# %% ../nbs/08_ddpo.ipynb #9033d0d5
 import json, math, resource, sys, time
 from collections import defaultdict, deque
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from .logprob import step_log_prob
 from .mdp import ddim_mean_std, generator_for, rollout, sample_noise
 from .pipelines import ATTENTION, add_lora, cast, decode, encode, fast_layers, load, load_lora, predict, save_lora
 from .prompts import get_prompts
-from .rewards import RewardError, get_reward, score
+from .rewards import RewardError, Scorer, get_reward
 from .runs import Run, RunFolder, evaluate_fixed, image_grid, write_atomic
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
@@ -247,7 +247,7 @@ def _peak_memory():
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_ddpo.ipynb #bbb5d049
+# %% ../nbs/08_ddpo.ipynb #540c9b0d
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -363,22 +363,23 @@ def train(
         texts = [prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
         mine = [texts[i] for i in indices]
         prompt_embeds, parts, images = embed(mine), [], []
-        with accelerator.autocast():
+        with accelerator.autocast(), Scorer(reward, epoch) as scorer:
             for at in range(0, len(indices), cfg.sample_batch_size):
                 here = slice(at, at + cfg.sample_batch_size)
                 noise = sample_noise(cfg.seed, "rollout", epoch, indices[here], noise_shape).to(device, dtype)
                 trajectory = rollout(policy, pipe.scheduler, prompt_embeds[here], noise, negative_embeds, **sampler,
                                      log_prob_fn=lambda *step: step_log_prob(*step, cfg.log_prob_reduction))
                 with torch.inference_mode(): images.append(decode(pipe, trajectory.latents[:, -1]))
+                scorer.submit(images[-1], mine[here])  # scored in the background, while the next batch is drawn
                 parts.append(trajectory)
-        trajectory = replace(parts[0], latents=torch.cat([p.latents for p in parts]).clone(), log_probs=torch.cat([p.log_probs for p in parts]).clone())
-        images = torch.cat(images)
-        sampled = time.perf_counter()
+            trajectory = replace(parts[0], latents=torch.cat([p.latents for p in parts]).clone(), log_probs=torch.cat([p.log_probs for p in parts]).clone())
+            images = torch.cat(images)
+            sampled = time.perf_counter()
 
-        # score; after a failure the folder resumes at this epoch
-        error = None
-        try: r = score(reward, images, mine, epoch).to(device)
-        except RewardError as e: error, r = e, torch.zeros(len(mine), device=device)
+            # wait for the rewards; after a failure the folder resumes at this epoch
+            error = None
+            try: r = scorer.result().to(device)
+            except RewardError as e: error, r = e, torch.zeros(len(mine), device=device)
         stop_if_failed(error, epoch, save=epoch > 0)
         rewards = torch.zeros(cfg.samples_per_epoch, device=device)
         rewards[torch.tensor(indices, device=device)] = r
@@ -428,7 +429,7 @@ def train(
         # record
         row = dict(epoch=epoch, step=step, wall_s=wall, queries=queries, reward_mean=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), loss=loss,
                    grad_norm=torch.stack([n.detach() for n in norms]).mean().item(), approx_kl=approx_kl, clipfrac=clipfrac, lr=cfg.learning_rate,
-                   sample_s=sampled - began, reward_s=scored - sampled, train_s=trained - scored, peak_mem_bytes=_peak_memory())
+                   sample_s=sampled - began, reward_s=scored - sampled, reward_work_s=scorer.seconds, train_s=trained - scored, peak_mem_bytes=_peak_memory())
         if cfg.eval_every:
             due = (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs
             row |= evaluate(f"epoch_{epoch:04d}", epoch) if due else dict.fromkeys(run.eval_base, math.nan)

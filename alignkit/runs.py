@@ -52,9 +52,10 @@ def write_atomic(
         f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(beside, path)
 
-# %% ../nbs/06_runs.ipynb #d7a077af
+# %% ../nbs/06_runs.ipynb #6f1c890d
 def _number(text):
-    "As it was written: Python's floats come back bit for bit."
+    "As it was written: Python's floats come back bit for bit. An empty cell is NaN."
+    if not text: return math.nan
     for kind in (int, float):
         try: return kind(text)
         except ValueError: pass
@@ -122,11 +123,17 @@ class RunFolder:
         row:dict,  # one epoch
     ):
         "Add a row to history.csv and push it to the disk."
-        new = not self.history_file.exists()
+        rows = self.read_history() if self.history_file.exists() else []
+        columns = list(dict.fromkeys([*(rows[0] if rows else row), *row]))
+        if not rows or columns != list(rows[0]): self._write_history(rows, columns)  # new columns: what is there gets empty cells
         with open(self.history_file, "a", newline="") as f:
-            writer = csv.DictWriter(f, row.keys())
-            if new: writer.writeheader()
-            writer.writerow(row); f.flush(); os.fsync(f.fileno())
+            csv.DictWriter(f, columns).writerow(row); f.flush(); os.fsync(f.fileno())
+
+    def _write_history(self, rows, columns):
+        out = io.StringIO()
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader(); writer.writerows(rows)
+        write_atomic(self.history_file, out.getvalue())
 
     def read_history(self,
         before:int|None=None,  # only epochs before this one, and drop the others from the file
@@ -138,10 +145,7 @@ class RunFolder:
         rows = [{k: _number(v) for k, v in r.items()} for r in csv.DictReader(io.StringIO(whole))]
         if before is not None:
             rows = [r for r in rows if r["epoch"] < before]
-            out = io.StringIO()
-            if rows:
-                writer = csv.DictWriter(out, rows[0].keys()); writer.writeheader(); writer.writerows(rows)
-                write_atomic(self.history_file, out.getvalue())
+            if rows: self._write_history(rows, rows[0])
             else: self.history_file.unlink()
         return rows
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = ("wall_s", "sample_s", "reward_s", "train_s", "peak_mem_bytes", "eval_s")  # the only columns in which two equal runs may differ
+TIMINGS = ("wall_s", "sample_s", "reward_s", "reward_work_s", "train_s", "peak_mem_bytes", "eval_s")  # the only columns in which two equal runs may differ
 PROMPTS = ["a cat", "a dog"]  # few, so that the statistics of a prompt come into use
 
 

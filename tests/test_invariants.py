@@ -1,5 +1,5 @@
 "The numerics contract end to end, on a pipeline with random weights: same inputs, same bits, whatever the batch, the process count or the accident."
-import os, re, shutil, signal, socket, subprocess, sys
+import os, re, shutil, signal, socket, subprocess, sys, threading
 from pathlib import Path
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 import alignkit.ddpo as ddpo
+import alignkit.rewards as rewards
 import alignkit.runs as runs
 from alignkit.logprob import step_log_prob
 from alignkit.mdp import draw, rollout, sample_noise
@@ -121,6 +122,23 @@ def test_samples_do_not_depend_on_the_batch(pipe_folder):
         assert abs(other_mean - mean) < 1e-6
 
 
+def test_rewards_run_while_the_next_batch_is_drawn(pipe_folder, monkeypatch):
+    "A reward that waits until the next batch is being drawn would wait for ever in a loop; it gets the rewards that it would get in turn."
+    begun, calls = [threading.Event() for _ in range(3)], []
+    def rollout(*args, original=ddpo.rollout, **kwargs):
+        next(e for e in begun if not e.is_set()).set()
+        return original(*args, **kwargs)
+    def patient(images, prompts):
+        calls.append(len(images))
+        if not begun[min(len(calls), 2)].wait(60): raise TimeoutError("the next batch was never drawn")
+        return brightness(images, prompts)
+    turn = go(pipe_folder, sample_batch_size=3, num_epochs=1, eval_every=0).history
+    monkeypatch.setattr(ddpo, "rollout", rollout)
+    row = go(pipe_folder, reward=patient, sample_batch_size=3, num_epochs=1, eval_every=0).history.iloc[0]
+    assert calls == [3, 3, 2]
+    assert row.reward_mean == turn.reward_mean[0] and row.reward_work_s > row.reward_s
+
+
 def test_drawing_does_not_depend_on_what_ran_before(pipe_folder):
     "Invariant 5.7: no draw touches or reads torch's global generator."
     pipe = load(pipe_folder)
@@ -204,7 +222,7 @@ def killed_while(moment, pipe_folder, out):
     elif moment == "sampling, second batch":
         seen = []
         at_call(ddpo, "rollout", lambda args, done: done == 2 and (seen.append(1) or len(seen) == 2))
-    elif moment == "scoring": at_call(ddpo, "score", in_epoch_2)
+    elif moment == "scoring": at_call(rewards, "score", in_epoch_2)
     elif moment == "training":
         register_optimizer_step_post_hook(lambda *_: len(epochs) == 2 and kill())  # after the first of two updates
     elif moment == "before the history": at_call(runs.RunFolder, "append", lambda args, done: done == 3)
@@ -251,11 +269,11 @@ def test_a_reward_that_fails(pipe_folder, unbroken, tmp_path, fault):
     calls = []
     def bad(images, prompts):
         calls.append(1)
-        if len(calls) < 3: return brightness(images, prompts)  # the base evaluation and epoch 0
+        if len(calls) < 4: return brightness(images, prompts)  # the base evaluation and the two batches of epoch 0
         if fault == "raises": raise ConnectionError("the server is away")
         r = brightness(images, prompts)
         return r.index_fill(0, torch.tensor(3), float("nan")) if fault == "nan" else r[:, None]
-    word = {"raises": "ConnectionError: the server is away", "nan": "nan", "shape": re.escape("(8, 1)")}[fault]
+    word = {"raises": "ConnectionError: the server is away", "nan": "nan", "shape": re.escape("(5, 1)")}[fault]
     with pytest.raises(RewardError, match=word) as error: go(pipe_folder, tmp_path / "run", reward=Reward(bad, "brightness"))
     assert "'brightness'" in str(error.value) and "epoch 1" in str(error.value) and any(p in str(error.value) for p in PROMPTS)
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["epoch_0000"]
@@ -268,7 +286,7 @@ def test_a_reward_that_fails_between_checkpoints(pipe_folder, tmp_path):
     calls = []
     def bad(images, prompts):
         calls.append(1)
-        if len(calls) > 2: raise ConnectionError("away")
+        if len(calls) > 4: raise ConnectionError("away")
         return brightness(images, prompts)
     with pytest.raises(RewardError): go(pipe_folder, tmp_path / "run", reward=Reward(bad, "brightness"), eval_every=0, save_every=4)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0001"]
@@ -363,7 +381,7 @@ def test_rewards_see_pictures_in_0_1(pipe_folder):
     pipe = load(pipe_folder)
     with torch.no_grad(): pipe.vae.decoder.conv_out.weight.mul_(30)
     for precision in ("no", "bf16"): go(pipe, reward=reward, num_epochs=1, mixed_precision=precision)
-    assert len(seen) == 2 * (1 + 1 + 1)  # the base evaluation, the epoch, the last evaluation
+    assert len(seen) == 2 * (1 + 2 + 1)  # the base evaluation, the epoch's two batches, the last evaluation
     for images in seen:
         assert images.dtype == torch.float32 and tuple(images.shape[1:]) == (3, 32, 32)
         assert images.min() == 0 and images.max() == 1
