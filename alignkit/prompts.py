@@ -70,7 +70,11 @@ def counting_questions(
         raise ValueError(f"prompt: {prompt!r} has no questions: they are known for a number from one to ten and an animal of the kit, such as 'two cats'; give the reward a dict for other prompts")
     return counting([animal], [NUMBERS.index(number) + 1])[prompt]
 
-# %% ../nbs/04_prompts.ipynb #516204bf
+# %% ../nbs/04_prompts.ipynb #639fc12e
+def _new_scenes(held_out):
+    "Every third animal was never shown at an activity to the embedded model. Two activities of each to train on, the third held out."
+    return [f"{article(a)} {a} {activity}" for i, a in enumerate(SIMPLE_ANIMALS[::3]) for j, activity in enumerate(ACTIVITIES) if ((i + j) % 3 == 0) == held_out]
+
 PROMPTS = {
     "simple_animals": list(SIMPLE_ANIMALS),  # bare nouns, as in all three reference repositories
     "heldout_animals": list(HELDOUT_ANIMALS),
@@ -78,6 +82,8 @@ PROMPTS = {
     "animal_activities_paper": with_activities(SIMPLE_ANIMALS, ACTIVITIES),
     "heldout_activities": with_activities(HELDOUT_ANIMALS),
     "heldout_activities_paper": with_activities(HELDOUT_ANIMALS, ACTIVITIES),
+    "new_scenes": _new_scenes(False),
+    "heldout_new_scenes": _new_scenes(True),
     "counting": list(counting()),
     "heldout_counting": list(counting(HELDOUT_ANIMALS)),
 }
@@ -85,7 +91,7 @@ PROMPT_FILES = {"imagenet_animals": "imagenet_animals.txt"}  # sets read when as
 HPS_SETS = {"hps": "train", "hps_heldout": "heldout"}  # read when asked for, see `hps_prompts`
 ALIASES = {"eval_animals": "heldout_animals"}  # other names for the same set; records keep the one on the right
 HELDOUT = {"simple_animals": "heldout_animals", "animal_activities": "heldout_activities", "animal_activities_paper": "heldout_activities_paper",
-           "counting": "heldout_counting", "hps": "hps_heldout"}  # a training set -> prompts that it does not have
+           "new_scenes": "heldout_new_scenes", "counting": "heldout_counting", "hps": "hps_heldout"}  # a training set -> prompts that it does not have
 
 # %% ../nbs/04_prompts.ipynb #13a1fbc8
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
