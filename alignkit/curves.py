@@ -6,12 +6,11 @@
 __all__ = ['SETTINGS', 'METHODS', 'TASKS', 'UNITS', 'task_config', 'read_run', 'recorded', 'evaluations', 'kept_epoch',
            'final_evaluation', 'summary', 'compare', 'sample_strip', 'demo', 'main']
 
-# %% ../nbs/12_curves.ipynb #17577cde
+# %% ../nbs/12_curves.ipynb #71f7df6a
 import argparse, json, os, subprocess, sys
 from contextlib import nullcontext
 from pathlib import Path
 import pandas as pd
-import torch
 from PIL import Image
 from .ddpo import DDPOConfig, train
 from .pipelines import adapter_off, add_lora, data_dir, load, load_lora

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['step_log_prob']
 
-# %% ../nbs/03_logprob.ipynb #5cb83195
+# %% ../nbs/03_logprob.ipynb #f4c5299f
 import math
-import torch
 from torch import Tensor
 
 # %% ../nbs/03_logprob.ipynb #dd216ef7

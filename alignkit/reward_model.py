@@ -9,7 +9,7 @@ __all__ = ['GOLD_WEIGHTS', 'LAYERS', 'VALIDATION', 'TEST', 'TEST_ROUNDS', 'SCENE
            'judgements', 'pair_accuracy', 'save_head', 'load_head', 'build', 'main', 'tiny_aesthetic', 'best_of_n',
            'wanted_parts', 'part_logprobs', 'describe', 'tiny_alignment']
 
-# %% ../nbs/05d_reward_model.ipynb #e7f9bb4d
+# %% ../nbs/05d_reward_model.ipynb #ceca0dd5
 import argparse, json, math
 from pathlib import Path
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .mdp import draw, generator_for
 from .pipelines import data_dir, load
-from .prompts import ACTIVITIES, SIMPLE_ANIMALS, TINY_ANIMALS, article
+from .prompts import ACTIVITIES, TINY_ANIMALS, article
 from .rewards import CLIP_MEAN, CLIP_STD, Reward, check_images, embed_texts, load_clip, to_uint8
 
 # %% ../nbs/05d_reward_model.ipynb #69a683b3

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['environment', 'write_atomic', 'RunFolder', 'image_grid', 'evaluate_fixed', 'Run']
 
-# %% ../nbs/06_runs.ipynb #62687490
-import csv, io, json, os, platform, shutil, subprocess, time
+# %% ../nbs/06_runs.ipynb #9fc11064
+import csv, io, json, math, os, platform, shutil, subprocess, time
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

@@ -9,7 +9,7 @@ __all__ = ['SIZE', 'ANIMALS', 'GLYPHS', 'BACKGROUNDS', 'STAGES', 'STEPS', 'extra
            'train_clip', 'train_vae', 'set_scaling_factor', 'encode_latents', 'train_unet', 'assemble', 'save', 'build',
            'main', 'psnr', 'recognised']
 
-# %% ../nbs/13_tiny.ipynb #b0a3a1be
+# %% ../nbs/13_tiny.ipynb #8050e287
 import argparse, csv, json, math, os, shutil, time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .pipelines import quiet
 from .prompts import ACTIVITIES, SIMPLE_ANIMALS, TINY_ANIMALS, article
-from .rewards import embed_images, load_clip, name_images
+from .rewards import embed_images, name_images
 from .runs import environment
 
 # %% ../nbs/13_tiny.ipynb #7f64f23e
