@@ -6,22 +6,19 @@
 __all__ = ['PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'PromptStats', 'DDPOConfig', 'preset', 'update_groups', 'pair_batches',
            'pair_log_prob', 'train']
 
-# %% ../nbs/08_ddpo.ipynb #9033d0d5
-import json, math, resource, sys, time
+# %% ../nbs/08_ddpo.ipynb #73dec47f
+import time
 from collections import defaultdict, deque
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from .logprob import step_log_prob
 from .mdp import ddim_mean_std, generator_for, rollout, sample_noise
-from .pipelines import ATTENTION, add_lora, cast, decode, encode, fast_layers, load, load_lora, predict, save_lora
-from .prompts import get_prompts
-from .rewards import RewardError, Scorer, get_reward
-from .runs import Run, RunFolder, evaluate_fixed, image_grid, write_atomic
+from .pipelines import decode, predict
+from .rewards import RewardError, Scorer
+from .runs import Run, TrainConfig, Training
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
 def ddpo_is_loss(
@@ -89,26 +86,11 @@ class PromptStats:
         self.__init__(state["buffer_size"], state["min_count"])
         for p, rewards in state["buffers"].items(): self.buffers[p].extend(rewards)
 
-# %% ../nbs/08_ddpo.ipynb #9cb60075
+# %% ../nbs/08_ddpo.ipynb #840ecc91
 @dataclass
-class DDPOConfig:
-    "Every setting of a run. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
+class DDPOConfig(TrainConfig):
+    "Every setting of a run, beside those that all methods share. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
     method:str = "ddpo_is"  # 'ddpo_is': importance sampling with clipping; 'ddpo_sf': REINFORCE, one update an epoch
-    seed:int = 0  # of everything random
-    num_epochs:int = 20  # rounds of sampling and training
-    # model
-    trainable:str = "lora"  # 'lora' or 'full': the UNet's attention adapters or all its weights
-    lora_rank:int = 4  # ddpo-pytorch, TRL
-    lora_alpha:float|None = None  # None: as the rank, a scale of 1 (ddpo-pytorch, TRL)
-    lora_targets:tuple = ATTENTION  # ddpo-pytorch, TRL
-    mixed_precision:str = "no"  # 'no', 'fp16' (GPU only) or 'bf16'; log-probs and advantages stay float32
-    # sample
-    samples_per_epoch:int = 64  # pictures, over all processes: the reward queries of an epoch
-    sample_batch_size:int = 64  # pictures drawn at a time; speed and memory only
-    num_inference_steps:int = 15  # S; the papers use 50
-    guidance_scale:float = 1.  # of sampling and training; 1: none, half the cost; the papers use 5
-    eta:float = 1.  # DDIM noise, 1 as in the papers; 0 has no density
-    # train
     updates_per_epoch:int = 8  # optimiser steps an inner epoch; each uses samples_per_epoch / updates_per_epoch pictures
     num_inner_epochs:int = 1  # passes over an epoch's samples (ddpo-pytorch: 1)
     timestep_fraction:float = 1.  # share of each trajectory's steps that is trained on (ddpo-pytorch: 1)
@@ -117,46 +99,21 @@ class DDPOConfig:
     adv_clip_max:float = 5.  # ddpo-pytorch, TRL: 5; the JAX code: 10
     log_prob_reduction:str = "mean"  # 'mean' as the references, or 'sum'
     learning_rate:float = 3e-3  # ddpo-pytorch: 3e-4 for LoRA; the paper: 1e-5 for all weights
-    adam_beta1:float = 0.9  # ddpo-pytorch
-    adam_beta2:float = 0.999  # ddpo-pytorch
-    adam_weight_decay:float = 1e-4  # ddpo-pytorch
-    adam_epsilon:float = 1e-8  # ddpo-pytorch
-    use_8bit_adam:bool = False  # bitsandbytes' AdamW, CUDA only
-    max_grad_norm:float = 1.  # ddpo-pytorch
     recompute_log_probs:bool|None = None  # old log-probs from the training path: True, False, or None: only in half precision
     per_prompt_stats:bool = True  # advantages per prompt; False: over the epoch's batch
     stats_buffer_size:int = 8  # about six epochs of a prompt, as 16 (ddpo-pytorch) and 32 (JAX) are with their 256 pictures an epoch
     stats_min_count:int = 4  # ddpo-pytorch: 16; with 45 prompts and 64 pictures an epoch that would take 12 epochs
-    # evaluate and save
-    eval_prompts:str|tuple = "heldout_animals"  # a name, a file or the prompts themselves
-    eval_samples:int = 48  # pictures, same prompts and noise each time
-    eval_guidance_scale:float|None = None  # None: as in sampling; 3 draws better and costs twice as much, which an evaluation can afford
-    eval_rewards:tuple = ()  # further rewards to look at and not to train on: each adds a column eval_<name>_mean
-    eval_every:int = 0  # epochs; 0: never
-    save_every:int = 1  # epochs between checkpoints, when there is a run folder
-    keep_checkpoints:int = 2  # older ones are removed
-    progress:bool = False  # a progress bar
 
     def check(self):
         "Refuse impossible settings before any work is done."
-        def need(ok, name, why):
-            if not ok: raise ValueError(f"{name}: {why}, got {getattr(self, name)!r}")
-        need(self.method in ("ddpo_is", "ddpo_sf"), "method", "'ddpo_is' or 'ddpo_sf'")
-        need(self.trainable in ("lora", "full"), "trainable", "'lora' or 'full'")
-        need(self.mixed_precision in ("no", "fp16", "bf16"), "mixed_precision", "'no', 'fp16' or 'bf16'")
-        need(self.log_prob_reduction in ("mean", "sum"), "log_prob_reduction", "'mean' or 'sum'")
-        for name in ("num_epochs", "samples_per_epoch", "sample_batch_size", "num_inference_steps", "updates_per_epoch", "num_inner_epochs", "micro_batch_size",
-                     "lora_rank", "stats_buffer_size", "stats_min_count", "eval_samples", "save_every", "keep_checkpoints"):
-            need(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, name, "a whole number of at least 1")
-        need(self.stats_min_count <= self.stats_buffer_size, "stats_min_count", f"at most stats_buffer_size={self.stats_buffer_size}, or no prompt ever has enough")
-        need(isinstance(self.eval_every, int) and self.eval_every >= 0, "eval_every", "a whole number, 0 for never")
-        need(0 < self.eta <= 1, "eta", "in (0, 1]; with eta=0 sampling is deterministic, a step has no density and there is nothing to learn from")
-        need(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
-        need(self.guidance_scale >= 1, "guidance_scale", "at least 1 (1 is no guidance)")
-        need(self.eval_guidance_scale is None or self.eval_guidance_scale >= 1, "eval_guidance_scale", "None, or at least 1 (1 is no guidance)")
-        for name in ("clip_range", "adv_clip_max", "learning_rate", "max_grad_norm"): need(getattr(self, name) > 0, name, "greater than 0")
-        if self.samples_per_epoch % self.updates_per_epoch:
-            raise ValueError(f"updates_per_epoch: must divide samples_per_epoch={self.samples_per_epoch}, got {self.updates_per_epoch}")
+        self.need(self.method in ("ddpo_is", "ddpo_sf"), "method", "'ddpo_is' or 'ddpo_sf'")
+        self.need(self.eta > 0, "eta", "in (0, 1]; with eta=0 sampling is deterministic, a step has no density and there is nothing to learn from")
+        super().check()
+        self.need(self.log_prob_reduction in ("mean", "sum"), "log_prob_reduction", "'mean' or 'sum'")
+        self.whole("num_inner_epochs", "stats_buffer_size", "stats_min_count")
+        self.need(self.stats_min_count <= self.stats_buffer_size, "stats_min_count", f"at most stats_buffer_size={self.stats_buffer_size}, or no prompt ever has enough")
+        self.need(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
+        self.positive("clip_range", "adv_clip_max")
         if self.method == "ddpo_sf" and self.updates_per_epoch * self.num_inner_epochs > 1:
             raise ValueError("updates_per_epoch, num_inner_epochs: REINFORCE may use its samples for one update only, since after it they come from another policy; "
                              f"set both to 1 for method='ddpo_sf', got {self.updates_per_epoch} and {self.num_inner_epochs}")
@@ -227,27 +184,7 @@ def pair_log_prob(
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, cfg.eta)
     return step_log_prob(prev_sample, mean, std, cfg.log_prob_reduction)
 
-# %% ../nbs/08_ddpo.ipynb #13f33294
-def _optimizer(params, cfg):
-    kind = torch.optim.AdamW
-    if cfg.use_8bit_adam:
-        try: from bitsandbytes.optim import AdamW8bit as kind
-        except ImportError as e: raise ImportError("use_8bit_adam=True needs bitsandbytes: pip install bitsandbytes, or set it to False") from e
-    return kind(params, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.adam_weight_decay, eps=cfg.adam_epsilon)
-
-def _accelerator(mixed_precision):
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state()  # a notebook trains several times in one process, each time with its own precision
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision: 'fp16' needs a GPU (its loss scaling runs there only); use 'bf16' or 'no' on a CPU")
-    return Accelerator(mixed_precision=mixed_precision)
-
-def _peak_memory():
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-# %% ../nbs/08_ddpo.ipynb #540c9b0d
+# %% ../nbs/08_ddpo.ipynb #b2792d45
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -259,115 +196,24 @@ def train(
 ) -> Run:
     "DDPO from start to end: sample, score, advantages, update, record."
     cfg = (cfg or DDPOConfig()).check()
-    reward, prompts, eval_prompts, eval_rewards = get_reward(reward), get_prompts(prompts), get_prompts(cfg.eval_prompts), tuple(map(get_reward, cfg.eval_rewards))
-    if cfg.eval_every and eval_prompts.texts is None: raise ValueError("eval_prompts: give a name, a file or a list; a callable has no fixed prompts")
-    accelerator = _accelerator(cfg.mixed_precision)
-    device, rank, world, main = accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    if (cfg.samples_per_epoch // cfg.updates_per_epoch) % world:
-        raise ValueError(f"updates_per_epoch: {cfg.samples_per_epoch // cfg.updates_per_epoch} pictures an update cannot be shared evenly by {world} processes")
-    config = dict(pipe=str(pipe) if isinstance(pipe, (str, Path)) else type(pipe).__name__, reward=reward.name, prompts=prompts.name, **asdict(cfg))
-    if resume_from := not isinstance(resume, bool): out, resume = resume, True
-    folder = RunFolder(out) if out is not None else None
-    if resume and not folder: raise ValueError("resume: give a run folder, as resume=folder or as out=folder with resume=True")
-    going_on = resume and folder.config_file.exists()
-    if resume_from and not going_on: raise FileNotFoundError(f"resume: {out} holds no run (it has no config.json)")
-    if going_on: folder.check_config(config)
-    pipe = load(pipe, device=device)
-    if cfg.num_inference_steps > (most := pipe.scheduler.config.num_train_timesteps): raise ValueError(f"num_inference_steps: at most {most} for this pipeline, got {cfg.num_inference_steps}")
-    accelerator.wait_for_everyone()  # all have looked whether there is a run, before one of them starts it
-    if folder and main and not going_on: folder.create(config)
-    accelerator.wait_for_everyone()
-
-    # the model: everything frozen but the adapter (or the UNet)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[cfg.mixed_precision]
-    for part in (pipe.vae, pipe.text_encoder): cast(part, dtype)
-    if cfg.trainable == "lora":
-        cast(pipe.unet, dtype)
-        params = add_lora(pipe.unet, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    else: params = list(pipe.unet.requires_grad_(True).parameters())
-    unet, optimizer = accelerator.prepare(pipe.unet, _optimizer(params, cfg))
-    policy = accelerator.unwrap_model(unet)  # draws samples: no process waits for another there
-    fast_layers(policy)
-    unet.eval()
-    negative_embeds = encode(pipe, [""]) if cfg.guidance_scale != 1 else None
-    known_embeds = {}
-    def embed(texts):
-        if len(known_embeds) > 4096: known_embeds.clear()  # a callable may never repeat itself
-        new = [t for t in dict.fromkeys(texts) if t not in known_embeds]
-        if new: known_embeds.update(zip(new, encode(pipe, new)))
-        return torch.stack([known_embeds[t] for t in texts])
-    channels, side = policy.config.in_channels, policy.config.sample_size
-    noise_shape = (cfg.num_inference_steps + 1, channels, side, side)
-    sampler = dict(guidance_scale=cfg.guidance_scale, eta=cfg.eta)
     stats = PromptStats(cfg.stats_buffer_size, cfg.stats_min_count)
-    run = Run(pipe, config, folder)
-    start, step, queries, wall = 0, 0, 0, 0.
+    job = Training(cfg, pipe, reward, prompts, out, resume, callbacks, stats=stats)
+    pipe, unet, accelerator, device, negative_embeds = job.pipe, job.unet, job.accelerator, job.device, job.negative_embeds
+    sampler = dict(guidance_scale=cfg.guidance_scale, eta=cfg.eta)
 
-    def write_checkpoint(where):
-        if cfg.trainable == "lora": save_lora(policy, where)
-        else:
-            from safetensors.torch import save_file
-            save_file({n: p.detach().cpu().contiguous() for n, p in policy.named_parameters()}, where / "unet.safetensors")
-        torch.save(optimizer.state_dict(), where / "optimizer.pt")
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        (where / "state.json").write_text(json.dumps(dict(step=step, queries=queries, wall=wall, stats=stats.state_dict(), scaler=scaler)))
-
-    if going_on and folder.checkpoints():
-        last = folder.checkpoints()[-1]
-        start = int(last.name[6:]) + 1
-        if cfg.trainable == "lora": load_lora(policy, last)
-        else:
-            from safetensors.torch import load_file
-            policy.load_state_dict(load_file(last / "unet.safetensors"))
-        optimizer.load_state_dict(torch.load(last / "optimizer.pt", map_location="cpu", weights_only=True))
-        state = json.loads((last / "state.json").read_text())
-        step, queries, wall = state["step"], state["queries"], state["wall"]
-        stats.load_state_dict(state["stats"])
-        if accelerator.scaler and state["scaler"]: accelerator.scaler.load_state_dict(state["scaler"])
-    if going_on:
-        if main: folder.extend(config)
-        if main: run.rows = folder.read_history(before=start)
-        accelerator.wait_for_everyone()
-        if not main: run.rows = folder.read_history()
-
-    def stop_if_failed(error, epoch, save=False):  # a reward that fails on one process stops all of them
-        if accelerator.reduce(torch.tensor(float(error is not None), device=device)) > 0:
-            if save and folder and main: folder.save_checkpoint(epoch - 1, write_checkpoint, cfg.keep_checkpoints)
-            accelerator.wait_for_everyone()
-            raise error or RewardError(f"reward {reward.name!r}, epoch {epoch}: failed on another process")
-
-    def evaluate(name, epoch=None):  # on the main process; the others wait for its word
-        result, error = {}, None
-        try:
-            if main:
-                with accelerator.autocast():
-                    result, images = evaluate_fixed(pipe, reward, eval_prompts, cfg.eval_samples, cfg.seed, cfg.num_inference_steps, batch_size=cfg.sample_batch_size,
-                                                    others=eval_rewards, epoch=epoch, guidance_scale=cfg.eval_guidance_scale or cfg.guidance_scale, eta=cfg.eta)
-                if folder: image_grid(images[:16]).save(folder.path / "samples" / f"{name}.png")
-        except RewardError as e: error = e
-        stop_if_failed(error, epoch)
-        return result
-
-    if cfg.eval_every:
-        if going_on and folder.base_file.exists(): run.eval_base = json.loads(folder.base_file.read_text())
-        else:
-            run.eval_base = evaluate("base")
-            if folder and main: write_atomic(folder.base_file, json.dumps(run.eval_base))
-
-    bar = tqdm(range(start, cfg.num_epochs), initial=start, total=cfg.num_epochs, desc=cfg.method, disable=not (cfg.progress and main))
-    for epoch in bar:
+    for epoch in job.epochs():
         began = time.perf_counter()
         # sample: this process's pictures, each from its own stream of noise
-        groups = update_groups(cfg, epoch, rank, world)
+        groups = update_groups(cfg, epoch, job.rank, job.world)
         indices = [i for g in groups for i in g]
-        texts = [prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
+        texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
         mine = [texts[i] for i in indices]
-        prompt_embeds, parts, images = embed(mine), [], []
-        with accelerator.autocast(), Scorer(reward, epoch) as scorer:
+        prompt_embeds, parts, images = job.embed(mine), [], []
+        with accelerator.autocast(), Scorer(job.reward, epoch) as scorer:
             for at in range(0, len(indices), cfg.sample_batch_size):
                 here = slice(at, at + cfg.sample_batch_size)
-                noise = sample_noise(cfg.seed, "rollout", epoch, indices[here], noise_shape).to(device, dtype)
-                trajectory = rollout(policy, pipe.scheduler, prompt_embeds[here], noise, negative_embeds, **sampler,
+                noise = sample_noise(cfg.seed, "rollout", epoch, indices[here], job.noise_shape).to(device, job.dtype)
+                trajectory = rollout(job.policy, pipe.scheduler, prompt_embeds[here], noise, negative_embeds, **sampler,
                                      log_prob_fn=lambda *step: step_log_prob(*step, cfg.log_prob_reduction))
                 with torch.inference_mode(): images.append(decode(pipe, trajectory.latents[:, -1]))
                 scorer.submit(images[-1], mine[here])  # scored in the background, while the next batch is drawn
@@ -380,11 +226,9 @@ def train(
             error = None
             try: r = scorer.result().to(device)
             except RewardError as e: error, r = e, torch.zeros(len(mine), device=device)
-        stop_if_failed(error, epoch, save=epoch > 0)
-        rewards = torch.zeros(cfg.samples_per_epoch, device=device)
-        rewards[torch.tensor(indices, device=device)] = r
-        rewards = accelerator.reduce(rewards).cpu()  # every process knows all rewards, so all hold the same statistics
-        queries += cfg.samples_per_epoch
+        job.stop_if_failed(error, epoch, save=epoch > 0)
+        rewards = job.everyone(r, indices)  # all know all rewards, so all hold the same statistics
+        job.queries += cfg.samples_per_epoch
         scored = time.perf_counter()
 
         # advantages
@@ -410,7 +254,7 @@ def train(
                 pairs = sum(len(row) for row, _ in todo)
                 for k, (row, at) in enumerate(todo):
                     share = len(row) / pairs  # the gradient is the mean over the update's pairs, however they are cut into micro-batches
-                    with accelerator.no_sync(unet) if k + 1 < len(todo) else nullcontext():  # processes share gradients once an update
+                    with job.waits(last=k + 1 == len(todo)):
                         with accelerator.autocast(): log_prob = log_prob_of(row, at)
                         if cfg.method == "ddpo_is":
                             loss, info = ddpo_is_loss(log_prob, old_log_probs[row, at], advantages[row], cfg.clip_range, cfg.adv_clip_max)
@@ -419,31 +263,14 @@ def train(
                             loss = ddpo_sf_loss(log_prob, advantages[row], cfg.adv_clip_max)
                             sums[0] += share * loss.detach()
                         accelerator.backward(loss * share)
-                norms.append(accelerator.clip_grad_norm_(params, cfg.max_grad_norm))
-                optimizer.step(); optimizer.zero_grad()
-                step += 1
+                norms.append(job.step())
         loss, approx_kl, clipfrac = (accelerator.reduce(sums, "mean") / (cfg.num_inner_epochs * cfg.updates_per_epoch)).tolist()
         trained = time.perf_counter()
-        wall += trained - began
+        job.wall += trained - began
 
         # record
-        row = dict(epoch=epoch, step=step, wall_s=wall, queries=queries, reward_mean=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), loss=loss,
-                   grad_norm=torch.stack([n.detach() for n in norms]).mean().item(), approx_kl=approx_kl, clipfrac=clipfrac, lr=cfg.learning_rate,
-                   sample_s=sampled - began, reward_s=scored - sampled, reward_work_s=scorer.seconds, train_s=trained - scored, peak_mem_bytes=_peak_memory())
-        if cfg.eval_every:
-            due = (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs
-            row |= evaluate(f"epoch_{epoch:04d}", epoch) if due else dict.fromkeys(run.eval_base, math.nan)
-        elif folder and main: image_grid(images[:16]).save(folder.path / "samples" / f"epoch_{epoch:04d}.png")
-        run.rows.append(row)
-        stop = any([c(run, row) for c in callbacks])
-        if folder and main:
-            folder.append(row)
-            if (epoch + 1) % cfg.save_every == 0 or epoch + 1 == cfg.num_epochs or stop: folder.save_checkpoint(epoch, write_checkpoint, cfg.keep_checkpoints)
-        accelerator.wait_for_everyone()
-        bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
-        if stop: break
-    accelerator.unwrap_model(unet, keep_fp32_wrapper=False)
-    fast_layers(policy, False)  # the pipeline handed back is plain
-    if folder and main and cfg.trainable == "lora": save_lora(policy, folder.path / "lora")
-    elif folder and main: policy.save_pretrained(folder.path / "unet")
-    return run
+        row = dict(epoch=epoch, step=job.steps, wall_s=job.wall, queries=job.queries, reward_mean=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), loss=loss,
+                   grad_norm=torch.stack(norms).mean().item(), approx_kl=approx_kl, clipfrac=clipfrac,
+                   sample_s=sampled - began, reward_s=scored - sampled, reward_work_s=scorer.seconds, train_s=trained - scored)
+        if job.record(epoch, row, images): break
+    return job.finish()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['jpeg_incompressibility', 'jpeg_compressibility', 'REWARDS', 'LAZY', 'CLIP_MEAN', 'CLIP_STD', 'clip_named', 'to_uint8',
-           'jpeg_size_kb', 'check_images', 'Reward', 'weighted_sum', 'get_reward', 'RewardError', 'score', 'Scorer',
-           'load_clip', 'embed_images', 'embed_texts', 'name_images']
+           'jpeg_size_kb', 'check_images', 'Reward', 'weighted_sum', 'get_reward', 'with_gradient', 'RewardError',
+           'score', 'Scorer', 'load_clip', 'embed_images', 'embed_texts', 'name_images']
 
 # %% ../nbs/05_rewards.ipynb #cdb05f76
 import importlib, io, operator, os, re, tempfile, time
@@ -94,7 +94,7 @@ jpeg_incompressibility = Reward(_jpeg_reward, "jpeg_incompressibility")
 jpeg_compressibility = Reward(lambda images, prompts: -_jpeg_reward(images, prompts), "jpeg_compressibility")
 REWARDS = {r.name: r for r in (jpeg_compressibility, jpeg_incompressibility)}
 
-# %% ../nbs/05_rewards.ipynb #3c64d440
+# %% ../nbs/05_rewards.ipynb #2bdbe64c
 LAZY = {
     "aesthetic": "clip_rewards:aesthetic",
     "clip_similarity": "clip_rewards:clip_similarity",
@@ -129,6 +129,10 @@ def get_reward(
         module, factory = LAZY[reward].split(":")
         return getattr(importlib.import_module(f"alignkit.{module}"), factory)()
     raise ValueError(f"reward: {reward!r} is not known; choose from {', '.join([*REWARDS, *LAZY])}, or give a callable (images, prompts) -> (B,) or a dict of weights")
+
+def with_gradient() -> list[str]:
+    "The names that have a gradient, for messages."
+    return [name for name in (*REWARDS, *LAZY) if get_reward(name).differentiable]
 
 # %% ../nbs/05_rewards.ipynb #ba6c8c1e
 class RewardError(RuntimeError):

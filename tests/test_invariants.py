@@ -217,7 +217,7 @@ def killed_while(moment, pipe_folder, out):
     def after(original, *args): original(*args)
     in_epoch_2 = lambda args, done: done == 2
     if moment == "before the first sample": at_call(ddpo, "sample_noise", lambda args, done: True)
-    elif moment == "evaluating the base": at_call(ddpo, "evaluate_fixed", lambda args, done: True)
+    elif moment == "evaluating the base": at_call(runs, "evaluate_fixed", lambda args, done: True)
     elif moment == "sampling": at_call(ddpo, "rollout", in_epoch_2)  # the first of two sampling batches is done by the second call
     elif moment == "sampling, second batch":
         seen = []
@@ -234,7 +234,7 @@ def killed_while(moment, pipe_folder, out):
     elif moment == "removing the oldest": at_call(shutil, "rmtree", lambda args, done: done == 3 and not str(args[0]).endswith(".part"),
                                                   lambda original, path: next(Path(path).glob("*.pt")).unlink())
     elif moment == "writing the adapter":
-        at_call(ddpo, "save_lora", lambda args, done: Path(args[1]).name == "lora",
+        at_call(runs, "save_lora", lambda args, done: Path(args[1]).name == "lora",
                 lambda original, unet, path: (original(unet, path), next(Path(path).iterdir()).write_bytes(b"torn")))
     else: raise ValueError(moment)
     go(pipe_folder, out, callbacks=[count])
@@ -446,7 +446,7 @@ def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch
     "A wrong argument is named, with the values there are, before a picture is drawn; the run folder is not touched, so that the corrected call can use it."
     if "fp16" in words and torch.cuda.is_available(): pytest.skip("fp16 works on this machine")
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
-    for name in ("rollout", "evaluate_fixed", "add_lora"): monkeypatch.setattr(ddpo, name, no_work)
+    for module, name in ((ddpo, "rollout"), (runs, "evaluate_fixed"), (runs, "add_lora")): monkeypatch.setattr(module, name, no_work)
     arguments = {**dict(pipe=pipe_folder, reward=brightness, prompts=PROMPTS, cfg=small(), out=tmp_path / "run"), **case(tmp_path)}
     with pytest.raises(error) as caught: ddpo.train(**arguments)
     for word in words: assert word in str(caught.value)
