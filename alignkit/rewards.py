@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['jpeg_incompressibility', 'jpeg_compressibility', 'REWARDS', 'LAZY', 'CLIP_MEAN', 'CLIP_STD', 'clip_named', 'to_uint8',
            'jpeg_size_kb', 'check_images', 'Reward', 'weighted_sum', 'get_reward', 'with_gradient', 'RewardError',
-           'score', 'Scorer', 'load_clip', 'embed_images', 'embed_texts', 'name_images']
+           'NonFiniteReward', 'score', 'Scorer', 'load_clip', 'embed_images', 'embed_texts', 'name_images']
 
 # %% ../nbs/05_rewards.ipynb #cdb05f76
 import importlib, io, operator, os, re, tempfile, time
@@ -134,9 +134,12 @@ def with_gradient() -> list[str]:
     "The names that have a gradient, for messages."
     return [name for name in (*REWARDS, *LAZY) if get_reward(name).differentiable]
 
-# %% ../nbs/05_rewards.ipynb #ba6c8c1e
+# %% ../nbs/05_rewards.ipynb #6857c936
 class RewardError(RuntimeError):
     "A reward that raised, or returned something that cannot be learned from."
+
+class NonFiniteReward(RewardError):
+    "A reward that returned a NaN or an infinite number."
 
 def score(
     reward:Reward,
@@ -147,13 +150,13 @@ def score(
     "Call a reward and check the answer; an error names the reward, the prompt and the epoch."
     where = f"reward {reward.name!r}" + (f", epoch {epoch}" if epoch is not None else "")
     try: r = reward(images, prompts)
-    except RewardError as e: raise RewardError(f"{where}: {e}") from e  # a part of a weighted sum
+    except RewardError as e: raise type(e)(f"{where}: {e}") from e  # a part of a weighted sum
     except Exception as e: raise RewardError(f"{where}: raised {type(e).__name__}: {e} (prompts {prompts[:3]}{' ...' if len(prompts) > 3 else ''})") from e
     try: r = torch.as_tensor(r, dtype=torch.float32)
     except Exception as e: raise RewardError(f"{where}: must return {len(prompts)} numbers, got {type(r).__name__} (prompts {prompts[:3]})") from e
     if tuple(r.shape) != (len(prompts),): raise RewardError(f"{where}: must return shape ({len(prompts)},), one number per picture, got {tuple(r.shape)} (prompts {prompts[:3]})")
     bad = (~r.isfinite()).nonzero().flatten().tolist()
-    if bad: raise RewardError(f"{where}: returned {r[bad[0]].item()} for prompt {prompts[bad[0]]!r} (picture {bad[0]} of {len(prompts)}; {len(bad)} such in all)")
+    if bad: raise NonFiniteReward(f"{where}: returned {r[bad[0]].item()} for prompt {prompts[bad[0]]!r} (picture {bad[0]} of {len(prompts)}; {len(bad)} such in all)")
     return r
 
 # %% ../nbs/05_rewards.ipynb #6c8c94f3
