@@ -13,21 +13,11 @@ from alignkit.logprob import step_log_prob
 from alignkit.mdp import draw, rollout, sample_noise
 from alignkit.pipelines import add_lora, cast, encode, load
 from alignkit.rewards import Reward, RewardError
-from conftest import PROMPTS, assert_same_run, brightness, go, history, in_child, small, weights
+from conftest import PROMPTS, assert_same_run, brightness, go, history, in_child, small, updates_of, weights
 
 # Adam divides a gradient by its own size, so that rounding in a gradient of about zero moves a weight by a whole learning rate. With an epsilon far above
 # rounding the update is as smooth as the gradient, and runs that differ by rounding alone can be compared closely.
 SMOOTH = dict(adam_epsilon=1e-3, num_epochs=2, eval_every=0)
-
-
-def updates_of(fn):
-    "The trained weights after every optimiser step that `fn()` makes."
-    seen = []
-    hook = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: seen.append(
-        torch.cat([p.detach().flatten() for g in optimizer.param_groups for p in g["params"]]).clone()))
-    try: fn()
-    finally: hook.remove()
-    return torch.stack(seen)
 
 
 # ratio == 1 ------------------------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"AlignProp end to end, on a pipeline with random weights: the numerics contract holds as it does for DDPO."
+import os, signal
+import pytest
+import torch
+from torch.testing import assert_close
+from alignkit.alignprop import STRATEGIES, AlignPropConfig, preset, train
+from alignkit.pipelines import load
+from alignkit.rewards import Reward, RewardError
+from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
+
+red = Reward(brightness, "brightness", differentiable=True)
+
+
+def small(**changes):
+    "Four epochs of eight pictures in two updates, with ragged micro-batches and evaluations."
+    return AlignPropConfig(**{**dict(num_epochs=4, samples_per_epoch=8, updates_per_epoch=2, micro_batch_size=3, num_inference_steps=4, eta=1., eval_every=2, eval_samples=3, eval_prompts=("a cow",),
+                                     learning_rate=1e-2), **changes})
+
+
+def go(pipe_folder, out=None, reward=red, resume=False, callbacks=(), **changes):
+    return train(pipe=pipe_folder, reward=reward, prompts=PROMPTS, cfg=small(**changes), out=out, resume=resume, callbacks=callbacks)
+
+
+# Adam divides a gradient by its own size; with an epsilon far above rounding the update is as smooth as the gradient
+SMOOTH = dict(adam_epsilon=1e-3, num_epochs=2, eval_every=0, strategy="full")
+
+
+@pytest.fixture(scope="module")
+def whole(pipe_folder):
+    seen = updates_of(lambda: go(pipe_folder, micro_batch_size=8, **SMOOTH))
+    assert len(seen) == 4 and (seen[-1] - seen[0]).abs().max() > 1e-3  # the comparisons mean something
+    return seen
+
+
+@pytest.mark.parametrize("how", [dict(micro_batch_size=1), dict(micro_batch_size=3), dict(checkpointing="step"), dict(checkpointing="step", stored_steps=2), dict(vae_slicing=True)], ids=str)
+def test_speed_and_memory_settings_leave_the_update_alone(pipe_folder, whole, how):
+    "Invariant 5.6: how an update is cut, and what is stored or computed again, changes nothing but float error."
+    seen = updates_of(lambda: go(pipe_folder, **{**SMOOTH, **how}))
+    assert_close(seen, whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
+
+
+def on_two(pipe_folder, out):
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)  # the parent's, inherited by the fork
+    seen = updates_of(lambda: go(pipe_folder, out / "run", **SMOOTH))
+    assert PartialState().num_processes == 2
+    torch.save(seen, out / f"rank_{PartialState().process_index}.pt")
+
+
+def test_two_processes_agree(pipe_folder, whole, tmp_path):
+    "Invariants 5.7 and 5.8: two processes hold the same weights after every update, and they are those of one process within float error."
+    from accelerate import debug_launcher
+    debug_launcher(on_two, (pipe_folder, tmp_path), num_processes=2)
+    ranks = [torch.load(tmp_path / f"rank_{r}.pt", weights_only=True) for r in (0, 1)]
+    assert torch.equal(*ranks)
+    assert_close(ranks[0], whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
+
+
+@pytest.fixture(scope="module")
+def unbroken_run(pipe_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alignprop") / "unbroken"
+    go(pipe_folder, out)
+    return out
+
+
+def killed(pipe_folder, out, epoch):
+    go(pipe_folder, out, callbacks=[lambda run, row: row["epoch"] == epoch and os.kill(os.getpid(), signal.SIGKILL)])
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_kill_and_resume(pipe_folder, unbroken_run, tmp_path, epoch):
+    "Invariant 5.7: a killed run resumes and ends bit for bit as the unbroken one."
+    assert in_child(killed, pipe_folder, tmp_path / "run", epoch) == -signal.SIGKILL
+    go(pipe_folder, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", unbroken_run)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains(pipe_folder, strategy):
+    "Each moves the weights, keeps the steps it says, and the reward of the last evaluation is a number."
+    run = go(pipe_folder, strategy=strategy, truncation_k=2, guidance_scale=3., guidance_grad="text", num_epochs=2)
+    expected = dict(full={4}, last={2}, draft_lv={1}, refl={1}).get(strategy)
+    if expected: assert set(run.history.kept_steps) == expected
+    assert (run.history.grad_norm > 0).all() and run.history.skipped.max() == 0 and run.history.eval_reward_mean.notna().iloc[-1]
+
+
+def test_the_reward_rises(pipe_folder):
+    "Following the gradient of a reward raises it: on held-out prompts, within a few updates."
+    run = go(pipe_folder, strategy="full", num_epochs=4)
+    assert run.history.eval_reward_mean.iloc[-1] > run.eval_base["eval_reward_mean"] + 5 * run.eval_base["eval_reward_sem"]
+
+
+def failing_at(when, what):
+    "The gradient is that of brightness; at call number `when` the reward is `what`."
+    calls = []
+    def reward(images, prompts):
+        calls.append(len(images))
+        r = brightness(images, prompts)
+        return r * what if len(calls) == when else r
+    return Reward(reward, "brightness", differentiable=True)
+
+
+def test_a_reward_that_is_not_finite_leaves_the_update_out(pipe_folder):
+    "The other update of the epoch is made; the one with the NaN changes nothing and is counted."
+    same = dict(num_epochs=1, eval_every=0, micro_batch_size=4, adam_weight_decay=0.)
+    good = updates_of(lambda: go(pipe_folder, **same))
+    run = {}
+    seen = updates_of(lambda: run.update(run=go(pipe_folder, reward=failing_at(2, float("nan")), **same)))
+    assert len(good) == 2 and len(seen) == 1 and torch.equal(seen[0], good[0])
+    assert run["run"].history.skipped.tolist() == [1] and torch.isfinite(seen).all()
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_update_out(pipe_folder):
+    "A finite reward may have an infinite gradient: the square root at 0."
+    def root(images, prompts): return (images.mean((1, 2, 3)) * 0).sqrt()
+    with pytest.raises(RuntimeError, match="3 updates.*not finite.*max_skipped=2.*learning_rate") as error:
+        go(pipe_folder, reward=Reward(root, "root", differentiable=True), max_skipped=2, eval_every=0)
+
+
+def test_other_failures_stop_and_resume(pipe_folder, unbroken_run, tmp_path):
+    "A reward that raises is named, and the folder goes on to the unbroken run."
+    calls = []
+    def bad(images, prompts):
+        calls.append(1)
+        if len(calls) == 7: raise ConnectionError("the server is away")
+        return brightness(images, prompts)
+    with pytest.raises(RewardError, match="'brightness', epoch 1: raised ConnectionError"): go(pipe_folder, tmp_path / "run", reward=Reward(bad, "brightness", differentiable=True))
+    go(pipe_folder, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", unbroken_run)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(reward="jpeg_compressibility"), ["'jpeg_compressibility' has no gradient", "tiny_aesthetic", "jpeg_soft"]),
+    (dict(reward=Reward(lambda images, prompts: brightness(images, prompts).detach(), "cut", differentiable=True)), ["'cut'", "without one"]),
+    (dict(cfg=dict(strategy="last", truncation_k=5)), ["truncation_k", "4", "got 5"]),
+    (dict(cfg=dict(strategy="last", truncation_k=0)), ["truncation_k", "got 0"]),
+    (dict(cfg=dict(strategy="random")), ["strategy", "per_step", "'random'"]),
+    (dict(cfg=dict(checkpointing="all")), ["checkpointing", "'all'"]),
+    (dict(cfg=dict(loss_coeff=0.)), ["loss_coeff", "greater than 0"]),
+], ids=["no gradient", "gradient cut", "K too large", "K too small", "strategy", "checkpointing", "coefficient"])
+def test_bad_input(pipe_folder, tmp_path, arguments, words):
+    with pytest.raises(ValueError) as error: go(pipe_folder, **({"reward": arguments["reward"], "eval_every": 0} if "reward" in arguments else arguments["cfg"]))
+    for word in words: assert word in str(error.value)
+
+
+def test_loss_forms_and_presets(pipe_folder):
+    "The coefficient scales the gradient; |r - target| below its target pulls as -r does."
+    one, hundredth, target = (go(pipe_folder, num_epochs=1, eval_every=0, strategy="last", max_grad_norm=1e9, **c).history for c in (dict(), dict(loss_coeff=0.01), dict(reward_target=10.)))
+    assert_close(hundredth.grad_norm[0] * 100, one.grad_norm[0], rtol=0.05, atol=0)  # Adam's first step is the same, its second nearly
+    assert_close(target.loss[0] - one.loss[0], 10., rtol=1e-4, atol=0)
+    assert preset("alignprop-paper").samples_per_epoch == 256 and preset("trl").strategy == "per_step"
+
+
+def test_the_adapter_loads_in_plain_diffusers(pipe_folder, unbroken_run):
+    "What is saved is what was trained."
+    from diffusers import StableDiffusionPipeline
+    pipe = StableDiffusionPipeline.from_pretrained(pipe_folder, safety_checker=None)
+    pipe.load_lora_weights(unbroken_run / "lora")
+    last = sorted((unbroken_run / "checkpoints").iterdir())[-1]
+    assert bits(weights(last)) == bits(weights(unbroken_run / "lora"))
+    assert history(unbroken_run)[-1]["epoch"] == 3
