@@ -5,7 +5,7 @@
 
 The work: one update from 16 pictures, guidance 5, 20 DDIM steps with eta 1 in float32, LoRA of rank 4 on the attention layers, the learned aesthetic as reward; with the last 15 steps
 kept, and with steps kept anew at random (per_step). Each library takes its own batches and its own way to save memory, which change neither gradient nor update: TRL goes back through 4
-pictures at a time and always checkpoints the UNet; alignkit takes --micro-batch pictures and stores the activations of --stored of the kept steps, so that it needs no more memory. Rounds
+pictures at a time and always checkpoints the UNet; alignkit takes --micro-batch pictures, checkpoints too (it may store the activations of --stored steps) and decodes one picture at a time. Rounds
 alternate the order; in each, either library runs one epoch to warm up and three that are timed (their mean: random truncation differs from epoch to epoch), in a process of its own.
 The gradients of both on the same start latents and the same noise are compared in a process of TRL's environment. Rewards are those of the first epoch: the means must agree within noise.
 """
@@ -39,7 +39,7 @@ def alignkit_epochs(pipe, seed, strategy, micro_batch, stored):
     from alignkit.runs import environment
     pipe, meter = load(pipe), Meter()
     cfg = AlignPropConfig(num_epochs=1 + TIMED, seed=seed, samples_per_epoch=PICTURES, updates_per_epoch=1, micro_batch_size=micro_batch, num_inference_steps=STEPS, guidance_scale=GUIDANCE, eta=1.,
-                          learning_rate=LR, max_grad_norm=1., strategy=strategy, truncation_k=KEPT, checkpointing="step", stored_steps=stored)
+                          learning_rate=LR, max_grad_norm=1., strategy=strategy, truncation_k=KEPT, checkpointing="step", stored_steps=stored, vae_slicing=True)
     train(pipe, Reward(meter.reward, "tiny_aesthetic", differentiable=True), "simple_animals", cfg, callbacks=(meter.end_epoch,))
     return dict(meter.report(), environment=environment())
 
@@ -96,7 +96,7 @@ def gradients(pipe, seed, *_):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.arguments(parser)
-    parser.add_argument("--micro-batch", type=int, default=8, help="alignkit's micro_batch_size, pictures")
+    parser.add_argument("--micro-batch", type=int, default=16, help="alignkit's micro_batch_size, pictures")
     parser.add_argument("--stored", type=int, default=0, help="alignkit's stored_steps")
     a = parser.parse_args()
     if a.worker:
