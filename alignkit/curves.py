@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'BACKPROP', 'METHODS', 'TASKS', 'UNITS', 'task_config', 'label', 'read_run', 'recorded', 'evaluations',
-           'kept_epoch', 'final_evaluation', 'summary', 'compare', 'sample_strip', 'demo', 'main']
+           'kept_epoch', 'final_evaluation', 'summary', 'compare', 'score_and_truth', 'sample_strip', 'demo', 'main']
 
 # %% ../nbs/12_curves.ipynb #b3bd557b
 import argparse, json, os, subprocess, sys
@@ -132,7 +132,7 @@ def summary(
             queries=int(run.history.queries.iloc[-1]), train_s=run.history.wall_s.iloc[-1]))
     return pd.DataFrame(rows)
 
-# %% ../nbs/12_curves.ipynb #52099beb
+# %% ../nbs/12_curves.ipynb #735516eb
 def compare(
     runs:list[Run],  # of one reward and one pipeline
     x:str="both",  # 'wall_s', 'queries', or 'both' side by side
@@ -155,6 +155,24 @@ def compare(
             ax.set_xlabel(columns[column])
     axes[0, 0].set_ylabel(f"held-out reward\n{runs[0].config['reward']}" + UNITS.get(runs[0].config["reward"], ""))
     axes[0, 0].legend(frameon=False, fontsize=8)
+    return fig
+
+def score_and_truth(
+    runs:list[Run],  # on `tiny_aesthetic`, with `gold` and `clip_named` among their eval_rewards
+    most_queries:int=2000,  # end of the axes
+):  # matplotlib figure
+    "The learned score, the utility it was learned from, and the share of animals named, against reward queries; seeds thin, their mean thick."
+    import matplotlib.pyplot as plt
+    panels = {"eval_reward_mean": "learned score (points)", "eval_gold_mean": "gold, its truth (points)", "eval_clip_named_mean": "pictures named by CLIP"}
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    for k, method in enumerate(m for m in METHODS if m in {label(r.config) for r in runs}):
+        tables = [evaluations(r) for r in runs if label(r.config) == method]
+        for ax, column in zip(axes, panels):
+            for t in tables: ax.plot(t.queries, t[column], color=f"C{k}", lw=0.5, alpha=0.4)
+            mean = pd.concat(tables).groupby("queries")[column].mean()
+            ax.plot(mean.index, mean, color=f"C{k}", label=method)
+    for ax, name in zip(axes, panels.values()): ax.set(xlabel="reward queries", ylabel=name, xlim=(0, most_queries))
+    axes[0].legend(frameon=False, fontsize=7)
     return fig
 
 def sample_strip(
