@@ -85,6 +85,9 @@ CALLS = {  # one function of every module, called as a user would
     "runs": "from alignkit.runs import RunFolder, environment, image_grid; RunFolder('one').create({}); assert environment()['versions']['torch'] and image_grid(torch.rand(3, 3, 8, 8), 2).size == (16, 16)",
     "ddpo": "from alignkit.ddpo import preset, train; run = train(PIPE, prompts=['a cat'], cfg=preset('trl', mixed_precision='no', samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2, num_epochs=1), out='two'); "
             "assert len(run.history) == 1; run.save_lora('lora'); run.plot('queries')",
+    "memory": "from alignkit.memory import plan; assert 1e7 < plan('tiny', 'ddpo').peak_bytes < 1e10",
+    "alignprop": "from alignkit.alignprop import AlignPropConfig, train as backprop; from alignkit.rewards import Reward; light = Reward(lambda images, prompts: images.mean((1, 2, 3)), 'light', differentiable=True); "
+                 "assert len(backprop(PIPE, light, ['a cat'], AlignPropConfig(num_epochs=1, samples_per_epoch=2, updates_per_epoch=1, num_inference_steps=2)).history) == 1",
     "curves": "from alignkit.curves import read_run; assert len(read_run('two').history) == 1",
     "tiny": "import numpy; from alignkit.tiny import load_glyphs, render; assert render('cat', 'riding a bike', numpy.random.default_rng(0), load_glyphs(GLYPHS)).shape == (64, 64, 3)",
 }
