@@ -20,9 +20,9 @@ from .prompts import get_prompts
 from .rewards import get_reward
 from .runs import Run, RunFolder, TrainConfig, evaluate_fixed, write_atomic
 
-# %% ../nbs/12_curves.ipynb #f147bdc4
-SETTINGS = dict(num_epochs=40, updates_per_epoch=8, eval_every=4, eval_samples=96, eval_guidance_scale=3., eval_rewards=("clip_named",), save_every=4, keep_checkpoints=1000)
-BACKPROP = dict(num_epochs=40, samples_per_epoch=32, updates_per_epoch=2, eval_rewards=("clip_named", "gold", "clip_diversity"))
+# %% ../nbs/12_curves.ipynb #6d9aca8d
+SETTINGS = dict(num_epochs=40, updates_per_epoch=8, eval_every=4, eval_samples=96, eval_guidance_scale=3., eval_rewards=("clip_named", "clip_diversity"), save_every=4, keep_checkpoints=1000)
+BACKPROP = dict(num_epochs=40, samples_per_epoch=32, updates_per_epoch=2)
 METHODS = {  # what differs from SETTINGS and TASKS
     "ddpo_is": {}, "ddpo_sf": dict(updates_per_epoch=1),  # the same seeds and reward queries; REINFORCE may use its samples for one update only
     "alignprop_full": dict(BACKPROP, strategy="full"), "alignprop_k1": dict(BACKPROP, strategy="last", truncation_k=1),
@@ -30,12 +30,14 @@ METHODS = {  # what differs from SETTINGS and TASKS
 }
 TASKS = {  # reward -> the prompts it is trained on, and what differs from SETTINGS
     "jpeg_compressibility": dict(prompts="simple_animals"),
-    "tiny_aesthetic": dict(prompts="simple_animals", num_epochs=60, eval_rewards=("clip_named", "gold")),
+    "tiny_aesthetic": dict(prompts="simple_animals", num_epochs=60, eval_rewards=("clip_named", "clip_diversity", "gold")),
     "tiny_alignment": dict(prompts="new_scenes", num_epochs=20, samples_per_epoch=256, updates_per_epoch=4, stats_buffer_size=32, eval_prompts="heldout_new_scenes",
                            eval_samples=300, eval_guidance_scale=1.),
+    "jpeg_soft": dict(prompts="simple_animals", eval_rewards=("clip_named", "clip_diversity", "jpeg_compressibility")),
+    "clip_similarity": dict(prompts="new_scenes", eval_prompts="heldout_new_scenes", eval_samples=150, eval_guidance_scale=1., eval_rewards=("clip_named", "clip_diversity", "tiny_alignment")),
 }
 
-UNITS = {"jpeg_compressibility": " (−kB)", "tiny_aesthetic": " (points)", "tiny_alignment": " (probability)"}
+UNITS = {"jpeg_compressibility": " (−kB)", "tiny_aesthetic": " (points)", "tiny_alignment": " (probability)", "jpeg_soft": " (−kB)", "clip_similarity": " (cosine)"}
 
 def task_config(
     reward:str="jpeg_compressibility",  # of `TASKS`
