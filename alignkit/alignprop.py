@@ -6,7 +6,7 @@
 __all__ = ['STRATEGIES', 'PRESETS', 'kept_steps', 'guided', 'backprop_rollout', 'renoised_last_step', 'decode_sliced',
            'AlignPropConfig', 'preset', 'alignprop_loss', 'train']
 
-# %% ../nbs/10_alignprop.ipynb #8fe55ae8
+# %% ../nbs/10_alignprop.ipynb #e5d2f59b
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .mdp import ddim_mean_std, generator_for, predict_original, sample_noise
 from .pipelines import decode, predict
 from .rewards import NonFiniteReward, RewardError, score
-from .runs import Run, TrainConfig, Training
+from .runs import Run, TrainConfig, Training, explain_out_of_memory
 
 # %% ../nbs/10_alignprop.ipynb #9d8a7623
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")
@@ -42,7 +42,7 @@ def kept_steps(
     if strategy == "gaussian": return step >= (0.84 * S + 0.1 * S * torch.randn(1, generator=generator)).floor()
     return step == draw(3 * S // 4, S)
 
-# %% ../nbs/10_alignprop.ipynb #671c5293
+# %% ../nbs/10_alignprop.ipynb #ab4cae4f
 def guided(
     unet, latents:Tensor, timestep:Tensor, prompt_embeds:Tensor, negative_embeds:Tensor|None,  # as for `pipelines.predict`
     guidance_scale:float,
@@ -101,13 +101,13 @@ def renoised_last_step(
 def decode_sliced(
     pipe,  # StableDiffusionPipeline
     latents:Tensor,  # (B, C, h, w)
-    slicing:bool=False,  # one picture at a time, activations recomputed on the way back: the decoder's memory is that of one picture
+    slicing:int=0,  # so many pictures at a time, activations recomputed on the way back: the decoder's memory is that of so many; 0: all at once
 ) -> Tensor:  # (B, 3, H, W) in [0, 1], differentiable
     "The VAE's decoder with a gradient."
     if not slicing: return decode(pipe, latents)
-    return torch.cat([checkpoint(decode, pipe, x, use_reentrant=False, preserve_rng_state=False) for x in latents.split(1)])
+    return torch.cat([checkpoint(decode, pipe, x, use_reentrant=False, preserve_rng_state=False) for x in latents.split(int(slicing))])
 
-# %% ../nbs/10_alignprop.ipynb #21abb419
+# %% ../nbs/10_alignprop.ipynb #8605401a
 @dataclass
 class AlignPropConfig(TrainConfig):
     "Every setting of a run, beside those that all methods share. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
@@ -124,7 +124,7 @@ class AlignPropConfig(TrainConfig):
     checkpointing:str = "none"  # 'none', or 'step': one more forward a kept step for the memory of one
     stored_steps:int = 0  # with 'step': so many of the last kept steps store their activations all the same
     guidance_grad:str = "both"  # 'both' branches of guidance carry a gradient, or the 'text' one only
-    vae_slicing:bool = False  # decode one picture at a time, recomputed on the way back
+    vae_slicing:int = 0  # pictures decoded at a time, recomputed on the way back; 0: all at once
     loss_coeff:float = 1.  # AlignProp: 0.01; with Adam it matters where the gradient is cut and in half precision
     reward_target:float|None = None  # None: loss -r; a number: |r - target| (AlignProp's aesthetic run: 10)
     max_skipped:int = 10  # updates left out because of a reward or gradient that is not finite, before the run stops
@@ -138,7 +138,7 @@ class AlignPropConfig(TrainConfig):
         self.need(self.guidance_grad in ("both", "text"), "guidance_grad", "'both' or 'text'")
         self.whole("renoise")
         self.positive("loss_coeff")
-        for name in ("stored_steps", "max_skipped"): self.need(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, name, "a whole number, at least 0")
+        for name in ("stored_steps", "vae_slicing", "max_skipped"): self.need(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, name, "a whole number, at least 0")
         return self
 
 _PAPER = dict(trainable="lora", lora_rank=4, mixed_precision="fp16", samples_per_epoch=256, updates_per_epoch=2, num_inference_steps=50, guidance_scale=7.5, eta=0.,
@@ -167,7 +167,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"preset: one of {', '.join(PRESETS)}, got {name!r}")
     return AlignPropConfig(**{**PRESETS[name], **changes})
 
-# %% ../nbs/10_alignprop.ipynb #23dd7db1
+# %% ../nbs/10_alignprop.ipynb #c08d1844
 def alignprop_loss(
     rewards:Tensor,  # (B,) with a graph
     coeff:float=1.,
@@ -182,6 +182,7 @@ class _Skipped:
     def state_dict(self): return dict(count=self.count)
     def load_state_dict(self, state): self.count = state["count"]
 
+@explain_out_of_memory
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="tiny_aesthetic",  # with a gradient: a name, a `Reward`, a callable whose `differentiable` is True, or a dict of weights; see `rewards.get_reward`
@@ -194,7 +195,7 @@ def train(
     "AlignProp from start to end: draw with a graph, score, go back, update, record."
     cfg, skipped = (cfg or AlignPropConfig()).check(), _Skipped()
     job = Training(cfg, pipe, reward, prompts, out, resume, callbacks, needs_gradient=True, skipped=skipped)
-    pipe, accelerator, device = job.pipe, job.accelerator, job.device
+    cfg, pipe, accelerator, device = job.cfg, job.pipe, job.accelerator, job.device
     guidance = dict(negative_embeds=job.negative_embeds, guidance_scale=cfg.guidance_scale, eta=cfg.eta, guidance_grad=cfg.guidance_grad)
     size = cfg.samples_per_epoch // cfg.updates_per_epoch
 

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'PromptStats', 'DDPOConfig', 'preset', 'update_groups', 'pair_batches',
            'pair_log_prob', 'train']
 
-# %% ../nbs/08_ddpo.ipynb #73dec47f
+# %% ../nbs/08_ddpo.ipynb #905b2658
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from .logprob import step_log_prob
 from .mdp import ddim_mean_std, generator_for, rollout, sample_noise
 from .pipelines import decode, predict
 from .rewards import RewardError, Scorer
-from .runs import Run, TrainConfig, Training
+from .runs import Run, TrainConfig, Training, explain_out_of_memory
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
 def ddpo_is_loss(
@@ -184,7 +184,8 @@ def pair_log_prob(
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, cfg.eta)
     return step_log_prob(prev_sample, mean, std, cfg.log_prob_reduction)
 
-# %% ../nbs/08_ddpo.ipynb #b2792d45
+# %% ../nbs/08_ddpo.ipynb #c57491e8
+@explain_out_of_memory
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -198,7 +199,7 @@ def train(
     cfg = (cfg or DDPOConfig()).check()
     stats = PromptStats(cfg.stats_buffer_size, cfg.stats_min_count)
     job = Training(cfg, pipe, reward, prompts, out, resume, callbacks, stats=stats)
-    pipe, unet, accelerator, device, negative_embeds = job.pipe, job.unet, job.accelerator, job.device, job.negative_embeds
+    cfg, pipe, unet, accelerator, device, negative_embeds = job.cfg, job.pipe, job.unet, job.accelerator, job.device, job.negative_embeds
     sampler = dict(guidance_scale=cfg.guidance_scale, eta=cfg.eta)
 
     for epoch in job.epochs():

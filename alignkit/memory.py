@@ -345,7 +345,7 @@ class MemoryPlan:
         ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         return ax
 
-# %% ../nbs/09_memory.ipynb #7409c99c
+# %% ../nbs/09_memory.ipynb #fba1c847
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")  # which steps keep a graph; see notebook 10
 
 ALIGNPROP = dict(batch_size=1, micro_batch_size=1, num_inference_steps=50, strategy="full", truncation_k=1, checkpointing="none", stored_steps=0, guidance_scale=7.5, guidance_grad="both",
@@ -357,6 +357,7 @@ def _config(method, cfg, changes):
     names = set(ALIGNPROP) if method == "alignprop" else set(DDPOConfig.__dataclass_fields__)
     base = dict(ALIGNPROP) if method == "alignprop" else vars(DDPOConfig())
     given = {k: getattr(cfg, k) for k in names if hasattr(cfg, k)} if cfg is not None else {}
+    if method == "alignprop" and hasattr(cfg, "updates_per_epoch"): given["batch_size"] = cfg.samples_per_epoch // cfg.updates_per_epoch  # an AlignPropConfig: the pictures of an update
     if unknown := sorted(set(changes) - names): raise TypeError(f"plan: no setting {unknown[0]!r} for method={method!r}; there are {', '.join(sorted(names))}")
     c = SimpleNamespace(**{**base, **given, **changes})
     def need(ok, name, why):
@@ -487,7 +488,7 @@ def plan(
     table = pd.DataFrame({name: {**base, **parts} for name, parts in phases.items()}).reindex(PARTS).fillna(0).astype("int64")
     return MemoryPlan(table, dict(method=method, resolution=hw, device=device, attention=attention, mixed_precision=c.mixed_precision, trainable=c.trainable, **chosen), per_call)
 
-# %% ../nbs/09_memory.ipynb #56d6dabb
+# %% ../nbs/09_memory.ipynb #b42ecb6c
 def _cost(c, method, side, micro):
     "Relative time of an update. A call costs as much as its rows and some more for being a call; a backward twice a forward; a recomputed step one more forward."
     rows = 2 if c.guidance_scale != 1 else 1
@@ -543,5 +544,5 @@ def fit(
         raise ValueError(f"budget_gb: nothing fits in {budget_gb:g} GB; the least that does, with one {'pair' if method == 'ddpo' else 'picture'} at a time"
                          f"{'' if method == 'ddpo' else ' and every kept step recomputed'}, is {math.ceil(min(tried) / 1e7) / 100:.2f} GB")
     if cfg is None: return SimpleNamespace(**{**vars(c), **best})
-    changed = {k: v for k, v in {**settings, **best}.items()}
+    changed = {**settings, **best}
     return replace(cfg, **changed) if is_dataclass(cfg) else SimpleNamespace(**{**vars(cfg), **changed})

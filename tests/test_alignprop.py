@@ -1,5 +1,6 @@
 "AlignProp end to end, on a pipeline with random weights: the numerics contract holds as it does for DDPO."
-import os, signal
+import json, os, signal
+from unittest.mock import patch
 import pytest
 import torch
 from torch.testing import assert_close
@@ -32,11 +33,46 @@ def whole(pipe_folder):
     return seen
 
 
-@pytest.mark.parametrize("how", [dict(micro_batch_size=1), dict(micro_batch_size=3), dict(checkpointing="step"), dict(checkpointing="step", stored_steps=2), dict(vae_slicing=True)], ids=str)
+@pytest.mark.parametrize("how", [dict(micro_batch_size=1), dict(micro_batch_size=3), dict(checkpointing="step"), dict(checkpointing="step", stored_steps=2), dict(vae_slicing=1)], ids=str)
 def test_speed_and_memory_settings_leave_the_update_alone(pipe_folder, whole, how):
     "Invariant 5.6: how an update is cut, and what is stored or computed again, changes nothing but float error."
     seen = updates_of(lambda: go(pipe_folder, **{**SMOOTH, **how}))
     assert_close(seen, whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
+
+
+def least_budget(pipe_folder):
+    with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does") as error: go(pipe_folder, memory_budget_gb=1e-5, **SMOOTH)
+    return float(str(error.value).split()[-2])
+
+
+def test_a_memory_budget_chooses_the_settings(pipe_folder, whole, tmp_path, capsys):
+    "memory_budget_gb lowers what is done at a time, says so, records it, and leaves the update alone; a resume keeps to it."
+    tight = least_budget(pipe_folder)
+    chosen = {}
+    for budget in (tight, "auto"):
+        out = tmp_path / str(budget)
+        seen = updates_of(lambda: go(pipe_folder, out, memory_budget_gb=budget, micro_batch_size=1, **SMOOTH))
+        assert_close(seen, whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
+        chosen[budget] = json.loads((out / "config.json").read_text())["config"]
+        assert f"memory_budget_gb={budget!r}: micro_batch_size={chosen[budget]['micro_batch_size']}" in capsys.readouterr().out
+    assert chosen[tight]["checkpointing"] == "step" and chosen[tight]["vae_slicing"]
+    assert (chosen["auto"]["micro_batch_size"], chosen["auto"]["checkpointing"]) == (4, "none")
+    with patch("alignkit.memory.fit", side_effect=AssertionError("a resume under the same budget does not choose again")):
+        run = go(pipe_folder, tmp_path / "auto", resume=True, memory_budget_gb="auto", micro_batch_size=1, **{**SMOOTH, "num_epochs": 3})
+    assert len(run.history) == 3
+
+
+@pytest.mark.parametrize("where, words", [("alignkit.alignprop.decode_sliced", ["lower micro_batch_size (now 3)", "checkpointing='step'", "vae_slicing=1"]), ("alignkit.runs.draw", ["lower sample_batch_size (now 64)"]),
+                                          ("reward", ["lower micro_batch_size (now 3)"])])
+def test_out_of_memory_says_what_to_lower(pipe_folder, where, words):
+    "The message names the setting, its value, and what memory.fit would choose; in a reward too, whose errors are wrapped."
+    gone = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    def hungry(images, prompts): raise gone
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        if where == "reward": go(pipe_folder, reward=Reward(hungry, "hungry", differentiable=True), eval_every=0)
+        else:
+            with patch(where, side_effect=gone): go(pipe_folder)
+    for word in [*words, "out of memory", "memory.fit for", "would choose micro_batch_size=", "Tried to allocate 2.00 GiB"]: assert word in str(error.value)
 
 
 def on_two(pipe_folder, out):
@@ -138,8 +174,10 @@ def test_other_failures_stop_and_resume(pipe_folder, unbroken_run, tmp_path):
     (dict(cfg=dict(strategy="last", truncation_k=0)), ["truncation_k", "got 0"]),
     (dict(cfg=dict(strategy="random")), ["strategy", "per_step", "'random'"]),
     (dict(cfg=dict(checkpointing="all")), ["checkpointing", "'all'"]),
+    (dict(cfg=dict(memory_budget_gb="all")), ["memory_budget_gb", "'auto'", "'all'"]),
+    (dict(cfg=dict(memory_budget_gb=-1)), ["memory_budget_gb", "greater than 0", "-1"]),
     (dict(cfg=dict(loss_coeff=0.)), ["loss_coeff", "greater than 0"]),
-], ids=["no gradient", "gradient cut", "K too large", "K too small", "strategy", "checkpointing", "coefficient"])
+], ids=["no gradient", "gradient cut", "K too large", "K too small", "strategy", "checkpointing", "budget", "negative budget", "coefficient"])
 def test_bad_input(pipe_folder, tmp_path, arguments, words):
     with pytest.raises(ValueError) as error: go(pipe_folder, **({"reward": arguments["reward"], "eval_every": 0} if "reward" in arguments else arguments["cfg"]))
     for word in words: assert word in str(error.value)
