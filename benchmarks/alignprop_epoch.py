@@ -4,12 +4,13 @@
     python benchmarks/alignprop_epoch.py --trl-python PATH   # an environment that has TRL already
 
 The work: one update from 16 pictures, guidance 5, 20 DDIM steps with eta 1 in float32, LoRA of rank 4 on the attention layers, the learned aesthetic as reward; with the last 15 steps
-kept, and with steps kept anew at random (per_step). Each library takes its own batches and its own way to save memory, which change neither gradient nor update: TRL goes back through 4
-pictures at a time and always checkpoints the UNet; alignkit takes --micro-batch pictures, checkpoints too (it may store the activations of --stored steps) and decodes one picture at a time. Rounds
+kept, and with steps kept anew at random (per_step; TRL is handed alignkit's draws, so that both keep the same steps). Each library takes its own batches and its own way to save memory, which change neither gradient nor update: TRL goes back through 4
+pictures at a time and always checkpoints the UNet; alignkit takes --micro-batch pictures, checkpoints too (it may store the activations of --stored steps) and decodes 4 pictures at a time. Rounds
 alternate the order; in each, either library runs one epoch to warm up and three that are timed (their mean: random truncation differs from epoch to epoch), in a process of its own.
 The gradients of both on the same start latents and the same noise are compared in a process of TRL's environment. Rewards are those of the first epoch: the means must agree within noise.
 """
 import argparse, json, sys
+from types import SimpleNamespace
 import common
 from common import CLOCKS, now, peak
 
@@ -39,7 +40,7 @@ def alignkit_epochs(pipe, seed, strategy, micro_batch, stored):
     from alignkit.runs import environment
     pipe, meter = load(pipe), Meter()
     cfg = AlignPropConfig(num_epochs=1 + TIMED, seed=seed, samples_per_epoch=PICTURES, updates_per_epoch=1, micro_batch_size=micro_batch, num_inference_steps=STEPS, guidance_scale=GUIDANCE, eta=1.,
-                          learning_rate=LR, max_grad_norm=1., strategy=strategy, truncation_k=KEPT, checkpointing="step", stored_steps=stored, vae_slicing=True)
+                          learning_rate=LR, max_grad_norm=1., strategy=strategy, truncation_k=KEPT, checkpointing="step", stored_steps=stored, vae_slicing=4)
     train(pipe, Reward(meter.reward, "tiny_aesthetic", differentiable=True), "simple_animals", cfg, callbacks=(meter.end_epoch,))
     return dict(meter.report(), environment=environment())
 
@@ -54,6 +55,12 @@ def trl_epochs(pipe, seed, strategy, *_):
     meter = Meter()
     cfg = AlignPropConfig(mixed_precision="no", seed=seed, sample_num_steps=STEPS, sample_guidance_scale=GUIDANCE, sample_eta=1., train_batch_size=4, train_gradient_accumulation_steps=PICTURES // 4,
                           train_learning_rate=LR, save_freq=10**6, truncated_backprop_rand=strategy == "per_step", truncated_backprop_timestep=STEPS - KEPT, truncated_rand_backprop_minmax=(0, STEPS))
+    if strategy == "per_step":
+        from trl.models import modeling_sd_base
+        from alignkit.alignprop import kept_steps
+        from alignkit.mdp import generator_for
+        kept = (k for epoch in range(1 + TIMED) for _ in range(PICTURES // 4) for k in kept_steps("per_step", STEPS, generator_for(seed, "kept", epoch, 0)))
+        modeling_sd_base.random = SimpleNamespace(randint=lambda low, high: low if next(kept) else high)  # it keeps step i if i >= randint
     trainer = AlignPropTrainer(cfg, lambda images, prompts, _: (meter.reward(images.clamp(0, 1), prompts), {}), lambda: (next(drawn), {}), pipe)
     pipe.set_progress_bar_config(disable=True)
     for epoch in range(1 + TIMED):
