@@ -167,7 +167,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"preset: one of {', '.join(PRESETS)}, got {name!r}")
     return AlignPropConfig(**{**PRESETS[name], **changes})
 
-# %% ../nbs/10_alignprop.ipynb #c08d1844
+# %% ../nbs/10_alignprop.ipynb #93fdb0b9
 def alignprop_loss(
     rewards:Tensor,  # (B,) with a graph
     coeff:float=1.,
@@ -244,7 +244,7 @@ def train(
                     accelerator.backward(loss * share)
                     loss_sum += share * loss.detach()
                 rewards[torch.tensor(indices, device=device)] = r.detach().view(copies, -1).mean(0)
-                shown.append(images.detach()[:len(indices)])
+                shown.append(images.detach()[:len(indices)].clone() if copies > 1 else images.detach())
                 lap("train")
             norm = accelerator.clip_grad_norm_(job.params, cfg.max_grad_norm)
             finite = accelerator.reduce(torch.tensor(float(finite and bool(torch.isfinite(torch.as_tensor(norm)))), device=device), "mean") == 1

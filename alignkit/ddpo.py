@@ -6,16 +6,16 @@
 __all__ = ['PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'PromptStats', 'DDPOConfig', 'preset', 'update_groups', 'pair_batches',
            'pair_log_prob', 'train']
 
-# %% ../nbs/08_ddpo.ipynb #905b2658
+# %% ../nbs/08_ddpo.ipynb #4a5ef236
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
 from .logprob import step_log_prob
-from .mdp import ddim_mean_std, generator_for, rollout, sample_noise
+from .mdp import Trajectory, ddim_mean_std, generator_for, rollout, sample_noise
 from .pipelines import decode, predict
 from .rewards import RewardError, Scorer
 from .runs import Run, TrainConfig, Training, explain_out_of_memory
@@ -184,7 +184,7 @@ def pair_log_prob(
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, cfg.eta)
     return step_log_prob(prev_sample, mean, std, cfg.log_prob_reduction)
 
-# %% ../nbs/08_ddpo.ipynb #c57491e8
+# %% ../nbs/08_ddpo.ipynb #ae59b48b
 @explain_out_of_memory
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
@@ -209,18 +209,19 @@ def train(
         indices = [i for g in groups for i in g]
         texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
         mine = [texts[i] for i in indices]
-        prompt_embeds, parts, images = job.embed(mine), [], []
+        prompt_embeds, images = job.embed(mine), []
+        latents, log_probs = torch.empty(len(mine), *job.noise_shape, dtype=job.dtype, device=device), torch.empty(len(mine), cfg.num_inference_steps, device=device)
         with accelerator.autocast(), Scorer(job.reward, epoch) as scorer:
             for at in range(0, len(indices), cfg.sample_batch_size):
                 here = slice(at, at + cfg.sample_batch_size)
                 noise = sample_noise(cfg.seed, "rollout", epoch, indices[here], job.noise_shape).to(device, job.dtype)
-                trajectory = rollout(job.policy, pipe.scheduler, prompt_embeds[here], noise, negative_embeds, **sampler,
-                                     log_prob_fn=lambda *step: step_log_prob(*step, cfg.log_prob_reduction))
-                with torch.inference_mode(): images.append(decode(pipe, trajectory.latents[:, -1]))
+                part = rollout(job.policy, pipe.scheduler, prompt_embeds[here], noise, negative_embeds, **sampler,
+                               log_prob_fn=lambda *step: step_log_prob(*step, cfg.log_prob_reduction))
+                latents[here], log_probs[here] = part.latents, part.log_probs
+                with torch.inference_mode(): images.append(decode(pipe, part.latents[:, -1]))
                 scorer.submit(images[-1], mine[here])  # scored in the background, while the next batch is drawn
-                parts.append(trajectory)
-            trajectory = replace(parts[0], latents=torch.cat([p.latents for p in parts]).clone(), log_probs=torch.cat([p.log_probs for p in parts]).clone())
-            images = torch.cat(images)
+            trajectory, images = Trajectory(latents, part.timesteps.clone(), log_probs), torch.cat(images)
+            del noise, part
             sampled = time.perf_counter()
 
             # wait for the rewards; after a failure the folder resumes at this epoch

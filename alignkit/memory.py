@@ -132,7 +132,7 @@ def _fake(module):
             if b is not None: m._buffers[name] = new(b)
     return module
 
-# %% ../nbs/09_memory.ipynb #dbb308d8
+# %% ../nbs/09_memory.ipynb #b8273386
 class _CudaAutocast(TorchFunctionMode):
     "CUDA's autocast computes norms and softmax in float32; the CPU's, on which the fake run stands, does not."
     float32 = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}
@@ -160,13 +160,15 @@ def _unet(arch, trainable, rank, targets, dtype, device, attention):
     fast_layers(unet)
     if device == "cuda":  # there, plain layers stay plain
         for layer in unet.modules():
-            if type(layer) is nn.Linear: layer.__dict__.pop("forward", None)
+            if type(layer) in (nn.Linear, nn.Conv2d): layer.__dict__.pop("forward", None)
     return unet
 
 @lru_cache(4)
-def _vae(arch, dtype, attention):
+def _vae(arch, dtype, device, attention):
     from diffusers import AutoencoderKL
-    return cast(_part(AutoencoderKL, json.loads(arch)["vae"], attention), dtype)
+    vae = cast(_part(AutoencoderKL, json.loads(arch)["vae"], attention), dtype)
+    if device == "cpu": fast_layers(vae)
+    return vae
 
 @dataclass(frozen=True)
 class _Model:
@@ -182,7 +184,7 @@ class _Model:
     def block(self): return 512 if self.device == "cuda" else 1
 
     def unet(self): return _unet(self.arch, self.trainable, self.rank, self.targets, self.dtype, self.device, self.attention)
-    def vae(self): return _vae(self.arch, self.dtype, self.attention)
+    def vae(self): return _vae(self.arch, self.dtype, self.device, self.attention)
 
     def world(self):
         "The contexts of a fake run, entered."
@@ -276,6 +278,12 @@ def _vae_call_cached(m, batch, grad):
         latents = torch.empty(batch, vae.config.latent_channels, m.side, m.side, dtype=m.dtype, requires_grad=grad)
         with torch.set_grad_enabled(grad): return _watch(lambda: decode(SimpleNamespace(vae=vae), latents), [*vae.parameters(), *vae.buffers(), latents], m.block)
 
+def _adam8bit_bytes(params, block=1):
+    "State of bitsandbytes' AdamW8bit (0.50.2, optim/optimizer.py, Optimizer2State.init_state): from 4096 elements on two bytes an element, two float32 a block of 256, and two tables of 256 float32 for all; else two float32."
+    up = lambda n: math.ceil(n / block) * block
+    large = [p.numel() for p in params if p.numel() >= 4096]
+    return sum(2 * up(n) + 2 * up(4 * math.ceil(n / 256)) for n in large) + 2 * up(4 * 256) * bool(large) + sum(2 * up(4 * p.numel()) for p in params if p.numel() < 4096)
+
 @lru_cache(64)
 def _fixed(m:_Model, use_8bit_adam:bool) -> dict:
     "Bytes of weights, adapter, gradients and optimiser state, and the optimiser's workspace."
@@ -286,8 +294,9 @@ def _fixed(m:_Model, use_8bit_adam:bool) -> dict:
     adapter = total(params) if m.trainable == "lora" else 0
     out = dict(unet=total([*unet.parameters(), *unet.buffers()]) - adapter, vae=total([*vae.parameters(), *vae.buffers()]),
                text=sum(_text_bytes(c, m.dtype) for c in json.loads(m.arch)["text"]), adapter=adapter, gradients=total(params))
-    if use_8bit_adam:  # bitsandbytes: tensors of at least 4096 elements have two bytes an element and two float32 a block of 256; smaller ones are left alone
-        return out | dict(state=sum(2 * up(p.numel()) + 2 * up(4 * math.ceil(p.numel() / 256)) if p.numel() >= 4096 else 2 * up(4 * p.numel()) for p in params), step=0)
+    if use_8bit_adam:
+        copies = (up(4 * p.numel()) for p in params if not p.is_contiguous())  # bitsandbytes' update_step copies a channels-last weight into plain order
+        return out | dict(state=_adam8bit_bytes(params, m.block), step=max(copies, default=0))
     with FakeTensorMode():
         params = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
         for p in params: p.grad = torch.empty_like(p)
@@ -345,11 +354,12 @@ class MemoryPlan:
         ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         return ax
 
-# %% ../nbs/09_memory.ipynb #fba1c847
+# %% ../nbs/09_memory.ipynb #f8c9983a
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")  # which steps keep a graph; see notebook 10
 
-ALIGNPROP = dict(batch_size=1, micro_batch_size=1, num_inference_steps=50, strategy="full", truncation_k=1, checkpointing="none", stored_steps=0, guidance_scale=7.5, guidance_grad="both",
-                 eta=0., vae_slicing=False, trainable="lora", lora_rank=4, lora_targets=ATTENTION, mixed_precision="bf16", use_8bit_adam=False)
+ALIGNPROP = dict(samples_per_epoch=1, updates_per_epoch=1, batch_size=None, micro_batch_size=1, num_inference_steps=50, strategy="full", truncation_k=1, renoise=2, checkpointing="none", stored_steps=0,
+                 guidance_scale=7.5, guidance_grad="both", eta=0., vae_slicing=0, trainable="lora", lora_rank=4, lora_targets=ATTENTION, mixed_precision="bf16", use_8bit_adam=False,
+                 sample_batch_size=64, eval_every=0, eval_samples=48, eval_guidance_scale=None)  # batch_size, pictures an update: None: samples_per_epoch // updates_per_epoch
 
 def _config(method, cfg, changes):
     "The settings as a plain namespace, checked; `cfg` itself is left as it is."
@@ -357,12 +367,12 @@ def _config(method, cfg, changes):
     names = set(ALIGNPROP) if method == "alignprop" else set(DDPOConfig.__dataclass_fields__)
     base = dict(ALIGNPROP) if method == "alignprop" else vars(DDPOConfig())
     given = {k: getattr(cfg, k) for k in names if hasattr(cfg, k)} if cfg is not None else {}
-    if method == "alignprop" and hasattr(cfg, "updates_per_epoch"): given["batch_size"] = cfg.samples_per_epoch // cfg.updates_per_epoch  # an AlignPropConfig: the pictures of an update
     if unknown := sorted(set(changes) - names): raise TypeError(f"plan: no setting {unknown[0]!r} for method={method!r}; there are {', '.join(sorted(names))}")
     c = SimpleNamespace(**{**base, **given, **changes})
+    if method == "alignprop" and c.batch_size is None: c.batch_size = c.samples_per_epoch // c.updates_per_epoch
     def need(ok, name, why):
         if not ok: raise ValueError(f"{name}: {why}, got {getattr(c, name)!r}")
-    whole = ["micro_batch_size", "num_inference_steps", "lora_rank", *(("batch_size", "truncation_k") if method == "alignprop" else ("sample_batch_size", "samples_per_epoch"))]
+    whole = ["micro_batch_size", "num_inference_steps", "lora_rank", "sample_batch_size", "samples_per_epoch", "updates_per_epoch", *(("batch_size", "truncation_k", "renoise") if method == "alignprop" else ())]
     for name in whole: need(isinstance(getattr(c, name), int) and getattr(c, name) >= 1, name, "a whole number of at least 1")
     need(c.trainable in ("lora", "full"), "trainable", "'lora' or 'full'")
     need(c.mixed_precision in _DTYPES, "mixed_precision", "'no', 'fp16' or 'bf16'")
@@ -384,6 +394,13 @@ def _backward(call, gradients, made):
     new = min(gradients, call["backward"] - call["held"]) if made else 0
     return call["held"], new, call["backward"] - call["held"] - new
 
+def _evaluate(m, c, latent, picture, busy):
+    "The phase of `runs.evaluate_fixed`, if there is one; busy: bytes of an epoch's data that live meanwhile."
+    if not c.eval_every: return {}
+    n, guided = min(c.sample_batch_size, c.eval_samples), (c.eval_guidance_scale or c.guidance_scale) != 1
+    draw, show = _unet_call(replace(m, guided=guided), "sample", n), _vae_call(m, min(64, n), False)
+    return {"evaluate": {"latents, noise, pictures": busy + (c.eval_samples - n) * picture + 2 * n * (c.num_inference_steps + 1) * latent, "workspace": max(draw["forward"], show["forward"])}}
+
 def _plan_ddpo(m, c, fixed, base, hw, channels):
     latent, picture = channels * m.side**2 * m.dtype.itemsize, 3 * hw**2 * 4
     S, sb = c.num_inference_steps, min(c.sample_batch_size, c.samples_per_epoch)
@@ -394,44 +411,48 @@ def _plan_ddpo(m, c, fixed, base, hw, channels):
     draw, show, train = _unet_call(m, "sample", sb), _vae_call(m, min(64, sb), False), _unet_call(m, "pairs", micro, accumulates=accumulates)
     held, new, work = _backward(train, G, not accumulates)
     data = "latents, noise, pictures"
-    before, after = trajectory + pictures - sb * picture, 2 * trajectory + part + pictures  # train keeps each batch's part beside the whole
+    before, after = trajectory + 2 * part + pictures - sb * picture, trajectory + pictures  # a batch's noise and latents lie beside the whole while it is drawn
     existing = G if accumulates else 0
     phases = {
-        "sample": {data: before + part, "workspace": draw["forward"]},
-        "decode": {data: before + part, "workspace": show["forward"]},
-        "collect": {data: after + trajectory},
+        "sample": {data: before, "workspace": draw["forward"]},
+        "decode": {data: before, "workspace": show["forward"]},
+        "collect": {data: after + pictures},
         "forward": {data: after, "gradients": existing, "UNet activations": held, "workspace": train["forward"] - held},
         "backward": {data: after, "gradients": existing + new, "UNet activations": held, "workspace": work},
-        "optimiser step": {data: after, "gradients": G, "workspace": fixed["step"]}}
+        "optimiser step": {data: after, "gradients": G, "workspace": fixed["step"]},
+        **_evaluate(m, c, latent, picture, after)}
     return phases, {"UNet activations of one micro-batch": held}, dict(micro_batch_size=micro, sample_batch_size=sb, accumulates=accumulates)
 
 def _plan_alignprop(m, c, fixed, base, hw, channels):
     B, S, K, G = min(c.micro_batch_size, c.batch_size), c.num_inference_steps, _most_kept(c), fixed["gradients"]
-    stored = K if c.checkpointing == "none" else min(c.stored_steps, K)  # the last of the kept steps: they are used and gone before the others are recomputed
+    R = c.renoise if c.strategy == "draft_lv" else 1  # copies of each picture in the last step
+    stored = K if c.checkpointing == "none" or c.strategy == "draft_lv" else min(c.stored_steps, K)  # the last of the kept steps: they are used and gone before the others are recomputed
     accumulates = c.batch_size > B
     existing = G if accumulates else 0
-    latent = B * channels * m.side**2 * m.dtype.itemsize
-    checkpoint = latent
-    call = lambda through=False, accumulates=False: _unet_call(m, "kept", B, through, accumulates)
+    latent, picture = channels * m.side**2 * m.dtype.itemsize, 3 * hw**2 * 4
+    checkpoint = B * latent
+    call = lambda through=False, accumulates=False: _unet_call(m, "kept", B * R, through, accumulates)
     first, more = call(stored < K), call(True) if K > 1 else None
     stack = lambda n: first["held"] + (n - 1) * more["held"] if n > 1 else n * first["held"]  # n stored steps
-    noise = latent * (S + 1 if c.eta > 0 else 1)
-    pictures = B * 3 * hw**2 * 4
-    inputs = {"latents, noise, pictures": noise}
-    done = {"latents, noise, pictures": noise + pictures}
+    noise = B * latent * (S + 1 + (R + 1 if c.strategy == "draft_lv" else 0))
+    pictures, epoch = B * R * picture, max(c.samples_per_epoch, c.batch_size)
+    earlier = max(epoch - B, 0) * picture  # `train` keeps an epoch's pictures until they are recorded
+    inputs = {"latents, noise, pictures": noise + earlier}
+    done = {"latents, noise, pictures": noise + earlier + pictures}
     chain = {"checkpoints": (K - stored) * checkpoint, "UNet activations": stack(stored), "gradients": existing}
     phases = {}
     free = _unet_call(m, "sample", B)
-    if K < S or stored < K: phases["sample"] = {**inputs, "gradients": existing, "checkpoints": max(K - stored - 1, 0) * checkpoint, "workspace": free["forward"]}
+    if K < S or stored < K or R > 1: phases["sample"] = {**inputs, "gradients": existing, "checkpoints": max(K - stored - 1, 0) * checkpoint, "workspace": free["forward"]}
     if stored:
         last = first if stored == 1 else more
         phases["kept steps"] = {**inputs, **chain, "workspace": last["forward"] - last["held"]}
     if c.vae_slicing:
-        one, seen = _vae_call(m, 1, True), _vae_call(m, 1, False)
+        n = min(int(c.vae_slicing), B * R)
+        one, seen = _vae_call(m, n, True), _vae_call(m, n, False)
         held, forward, backward = pictures, pictures + seen["forward"], 2 * pictures + one["backward"]
         kept_by_vae = 0
     else:
-        v = _vae_call(m, B, True)
+        v = _vae_call(m, B * R, True)
         held, forward, backward = v["held"], v["forward"], v["backward"]
         kept_by_vae = held - pictures
     phases["decode"] = {**done, **chain, "VAE activations": kept_by_vae, "workspace": forward - held}
@@ -452,6 +473,8 @@ def _plan_alignprop(m, c, fixed, base, hw, channels):
         else: options = [back(again(todo, False), 0, todo - 1, True), *([back(again(todo - 1, True), 0, todo - 2, False)] if todo > 1 else [])]
         phases["recomputed steps"] = most(options)
     phases["optimiser step"] = {**done, "gradients": G, "workspace": fixed["step"]}
+    recorded = noise + 2 * epoch * picture  # beside each other: as they were drawn, and in one tensor
+    phases |= {"record": {"latents, noise, pictures": recorded}, **_evaluate(m, c, latent, picture, recorded)}
     per_call = {"UNet activations of one kept step": (more or first)["held"], "checkpoint of one step": checkpoint, "VAE activations": held, "one UNet call, backward": (more or first)["backward"]}
     return phases, per_call, dict(kept_steps=K, stored_steps=stored, micro_batch_size=B, accumulates=accumulates)
 
@@ -488,7 +511,7 @@ def plan(
     table = pd.DataFrame({name: {**base, **parts} for name, parts in phases.items()}).reindex(PARTS).fillna(0).astype("int64")
     return MemoryPlan(table, dict(method=method, resolution=hw, device=device, attention=attention, mixed_precision=c.mixed_precision, trainable=c.trainable, **chosen), per_call)
 
-# %% ../nbs/09_memory.ipynb #b42ecb6c
+# %% ../nbs/09_memory.ipynb #48eae7a5
 def _cost(c, method, side, micro):
     "Relative time of an update. A call costs as much as its rows and some more for being a call; a backward twice a forward; a recomputed step one more forward."
     rows = 2 if c.guidance_scale != 1 else 1
@@ -504,45 +527,42 @@ def fit(
     cfg,  # the method's config; None: the defaults of `plan`
     budget_gb:float,  # 10^9 bytes that the run may use at its peak
     **settings,  # further arguments of `plan`: resolution, device, attention, reward_bytes, changes
-):  # a copy of cfg with micro_batch_size (and sample_batch_size, or checkpointing, stored_steps, vae_slicing) changed
+):  # a copy of cfg with micro_batch_size changed, and sample_batch_size where pictures are drawn apart, or checkpointing, stored_steps, vae_slicing
     "The fastest setting that fits. The update that is computed stays the same: only what is done at a time, kept and recomputed changes."
     free = {k: settings.pop(k) for k in ("resolution", "device", "attention", "reward_bytes", "reward_model") if k in settings}
     c = _config(method, cfg, settings)
     arch = architecture(pipe_or_config)
     side = (free["resolution"] or 0) / 2 ** (len(arch["vae"]["block_out_channels"]) - 1) if free.get("resolution") else arch["unet"]["sample_size"]
     halves = lambda n: [n] if n == 1 else [n, *halves(-(-n // 2))]
-    tried = []
-    def bytes_of(**changes):
-        peak = plan(pipe_or_config, method, c, **free, **changes).phases.sum()
-        tried.append(peak.max())
-        return peak
-    budget = budget_gb * 1e9
-    best = None
+    bytes_of = lambda **changes: plan(pipe_or_config, method, c, **free, **changes).peak_bytes
+    fits = lambda **changes: bytes_of(**changes) <= budget_gb * 1e9
+    draws = {"sample_batch_size": 1} if method == "ddpo" or c.eval_every else {}  # pictures drawn at a time, by sampling or by an evaluation
+    ways = [draws] if method == "ddpo" else [dict(draws, vae_slicing=0, stored_steps=0, checkpointing=way) for way in ("step", "none")]
+    bytes_least, least = min(((bytes_of(micro_batch_size=1, **way), way) for way in ways), key=lambda x: x[0])
+    if bytes_least > budget_gb * 1e9:
+        raise ValueError(f"budget_gb: nothing fits in {budget_gb:g} GB; the least that does, with one {'pair' if method == 'ddpo' else 'picture'} at a time"
+                         f"{' and every kept step recomputed' if least.get('checkpointing') == 'step' else ''}, is {math.ceil(bytes_least / 1e7) / 100:.2f} GB")
+    if draws:
+        most = max(c.samples_per_epoch if method == "ddpo" else 1, c.eval_samples if c.eval_every else 1)
+        draws = next(dict(sample_batch_size=n) for n in halves(min(c.sample_batch_size, most)) if fits(micro_batch_size=1, **{**least, "sample_batch_size": n}))
     if method == "ddpo":
         pairs = c.samples_per_epoch // c.updates_per_epoch * max(1, int(c.num_inference_steps * c.timestep_fraction))
-        for sample in halves(min(c.sample_batch_size, c.samples_per_epoch)):  # the two are independent: sampling and training do not overlap
-            if bytes_of(sample_batch_size=sample, micro_batch_size=1)[["sample", "decode", "collect"]].max() <= budget: break
-        for micro in halves(pairs):
-            if bytes_of(sample_batch_size=sample, micro_batch_size=micro).max() <= budget:
-                best = dict(sample_batch_size=sample, micro_batch_size=micro)
-                break
+        best = next(dict(draws, micro_batch_size=n) for n in halves(pairs) if fits(**draws, micro_batch_size=n))
     else:
         K, options = _most_kept(c), []
+        cost = lambda o: _cost(SimpleNamespace(**{**vars(c), **o}), method, side, o["micro_batch_size"]) * {0: 1, 4: 1.03, 1: 1.06}[o["vae_slicing"]]
         for micro in halves(c.batch_size):
-            for slicing in (False, True) if micro > 1 else (False,):
-                fits = lambda **kw: bytes_of(micro_batch_size=micro, vae_slicing=slicing, **kw).max() <= budget
-                if fits(checkpointing="none", stored_steps=0): options.append(dict(micro_batch_size=micro, vae_slicing=slicing, checkpointing="none", stored_steps=0))
-                elif fits(checkpointing="step", stored_steps=0):
+            for slicing in (n for n in (0, 4, 1) if n < micro):
+                o = dict(draws, micro_batch_size=micro, vae_slicing=slicing, checkpointing="none", stored_steps=0)
+                if any(cost(other) <= cost(o) for other in options): continue  # storing every step is the fastest that this size can be
+                if fits(**o): options.append(o)
+                elif fits(**{**o, "checkpointing": "step"}):
                     low, high = 0, K  # low fits, high does not
                     while high - low > 1:
                         middle = (low + high) // 2
-                        low, high = (middle, high) if fits(checkpointing="step", stored_steps=middle) else (low, middle)
-                    options.append(dict(micro_batch_size=micro, vae_slicing=slicing, checkpointing="step", stored_steps=low))
-        if options: best = min(options, key=lambda o: _cost(SimpleNamespace(**{**vars(c), **o}), method, side, o["micro_batch_size"]) * (1 + 0.02 * o["vae_slicing"]))
-    if best is None:
-        if method == "ddpo": bytes_of(sample_batch_size=1, micro_batch_size=1)
-        raise ValueError(f"budget_gb: nothing fits in {budget_gb:g} GB; the least that does, with one {'pair' if method == 'ddpo' else 'picture'} at a time"
-                         f"{'' if method == 'ddpo' else ' and every kept step recomputed'}, is {math.ceil(min(tried) / 1e7) / 100:.2f} GB")
+                        low, high = (middle, high) if fits(**{**o, "checkpointing": "step", "stored_steps": middle}) else (low, middle)
+                    options.append({**o, "checkpointing": "step", "stored_steps": low})
+        best = min(options, key=cost)
     if cfg is None: return SimpleNamespace(**{**vars(c), **best})
-    changed = {**settings, **best}
+    changed = {k: v for k, v in {**settings, **best}.items() if hasattr(cfg, k) or not is_dataclass(cfg)}
     return replace(cfg, **changed) if is_dataclass(cfg) else SimpleNamespace(**{**vars(cfg), **changed})
