@@ -148,7 +148,7 @@ def adapter_off(
     finally:
         if has: unet.enable_adapters()
 
-# %% ../nbs/01_pipelines.ipynb #a2f8915c
+# %% ../nbs/01_pipelines.ipynb #64446fd1
 def _linear(x, W, b=None):
     "x W^T + b for tokens (B, L, d_in); in float32 on a CPU as a convolution of one pixel, by oneDNN."
     if x.dim() != 3 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
@@ -198,15 +198,14 @@ class _FrozenConv(torch.autograd.Function):
     def forward(ctx, x, W, b, stride, padding, dilation, groups):
         ctx.save_for_backward(W)
         ctx.geometry, ctx.shape = (stride, padding, dilation), x.shape
-        ctx.format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        return F.conv2d(x, W, b, stride, padding, dilation, groups)
+        return F.conv2d(x.contiguous(memory_format=torch.channels_last), W, b, stride, padding, dilation, groups)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=ctx.format)  # its shape is asked for, not its values
+        x = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=torch.channels_last)  # its shape is asked for, not its values
         W, = ctx.saved_tensors
-        return torch.ops.aten.convolution_backward(grad, x, W, None, *ctx.geometry, False, (0, 0), ctx.shape[1] // W.shape[1], (True, False, False))[0], *[None] * 6
+        return torch.ops.aten.convolution_backward(grad.contiguous(memory_format=torch.channels_last), x, W, None, *ctx.geometry, False, (0, 0), ctx.shape[1] // W.shape[1], (True, False, False))[0], *[None] * 6
 
 def _forgets(layer, x): return x.requires_grad and torch.is_grad_enabled() and not layer.weight.requires_grad and x.device.type == "cpu" and x.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 

@@ -82,7 +82,7 @@ def denoising_loss(
     loss = (output - target).square().flatten(1).mean(1)
     return loss if weights is None else weights.detach().float() * loss
 
-# %% ../nbs/07_rwr.ipynb #2f858b91
+# %% ../nbs/07_rwr.ipynb #0a8f5ec9
 @dataclass
 class RWRConfig(TrainConfig):
     "Every setting of a run, beside those that all methods share. Defaults are for the embedded pipeline; `preset` has the paper's own."
@@ -93,7 +93,7 @@ class RWRConfig(TrainConfig):
     beta:float = 4.  # of 'softmax', in 1 / unit of the reward; the JAX code: 0.2 for kilobytes and for aesthetic points
     share:float = 0.1  # of 'sparse': the best share that is kept (the JAX code: 0.1)
     per_prompt:bool = False  # weights within each prompt instead of over the dataset; wants many pictures of a prompt in an epoch
-    learning_rate:float = 1e-3  # the paper: 1e-5 for all weights
+    learning_rate:float = 3e-4  # the paper: 1e-5 for all weights
 
     def check(self):
         "Refuse impossible settings before any work is done."
