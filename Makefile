@@ -1,11 +1,11 @@
-# make demo: train DDPO_IS and DDPO_SF on the embedded pipeline and draw the curves    make test: everything CI runs
+# make demo: every method on the embedded pipeline, one plot    make test: everything CI runs
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test readme
 
 demo: .venv/ready
-	.venv/bin/python -m alignkit.curves --out runs/demo
+	.venv/bin/python -m alignkit.curves --short --out runs/demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -q -n 2 --durations=8

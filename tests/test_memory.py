@@ -130,3 +130,15 @@ def test_both_halves_of_an_update_hold_its_activations():
     p = plan("tiny", "ddpo", micro_batch_size=4, samples_per_epoch=8)
     held = p.per_call["UNet activations of one micro-batch"]
     assert held > 0 and (p.phases.loc["UNet activations", ["forward", "backward"]] == held).all() and (p.phases.loc["workspace", ["forward", "backward"]] > 0).all()
+
+
+@pytest.mark.parametrize("module", ["ddpo", "rwr", "alignprop"])
+def test_every_preset_on_the_real_architecture(module):
+    "A dry run of one update of each preset on SD 1.5's architecture, small pictures, on tensors without memory: forward, backward, optimiser step."
+    from importlib import import_module
+    module = import_module(f"alignkit.{module}")
+    for name in module.PRESETS:
+        cfg = module.preset(name, micro_batch_size=1, sample_batch_size=1)
+        p = plan("sd15", "alignprop" if cfg.method == "alignprop" else "ddpo", cfg, resolution=64)
+        made = p.phases.loc["gradients"].max() / (4 if cfg.trainable == "lora" or cfg.mixed_precision == "no" else 2)
+        assert p.peak_bytes > 0 and (859.5e6 if cfg.trainable == "full" else 797_184) <= made < (900e6 if cfg.trainable == "full" else 2.1 * 797_184), name  # twice where steps and micro-batches are both gathered
