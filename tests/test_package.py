@@ -88,7 +88,9 @@ CALLS = {  # one function of every module, called as a user would
     "memory": "from alignkit.memory import plan; assert 1e7 < plan('tiny', 'ddpo').peak_bytes < 1e10",
     "alignprop": "from alignkit.alignprop import AlignPropConfig, train as backprop; from alignkit.rewards import Reward; light = Reward(lambda images, prompts: images.mean((1, 2, 3)), 'light', differentiable=True); "
                  "assert len(backprop(PIPE, light, ['a cat'], AlignPropConfig(num_epochs=1, samples_per_epoch=2, updates_per_epoch=1, num_inference_steps=2)).history) == 1",
-    "curves": "from alignkit.curves import read_run; assert len(read_run('two').history) == 1",
+    "rwr": "from alignkit.rwr import RWRConfig, train as regress; assert len(regress(PIPE, prompts=['a cat'], cfg=RWRConfig(num_epochs=1, samples_per_epoch=4, updates_per_epoch=2, num_inner_epochs=1, num_inference_steps=2)).history) == 1",
+    "evaluate": "from alignkit.evaluate import evaluate; assert len(evaluate({'mine': run}, ['a cat'], ('jpeg_compressibility',), num_samples=3, num_inference_steps=2)) > 0",
+    "curves": "from alignkit.curves import task_config; from alignkit.runs import read_run; assert len(read_run('two').history) == 1 and task_config('jpeg_soft', 'alignprop_k1')[1].eval_every == 4",
     "tiny": "import numpy; from alignkit.tiny import load_glyphs, render; assert render('cat', 'riding a bike', numpy.random.default_rng(0), load_glyphs(GLYPHS)).shape == (64, 64, 3)",
 }
 

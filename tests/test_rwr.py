@@ -315,6 +315,7 @@ def test_bfloat16_trains(pipe_folder):
 def test_the_reward_decides_where_it_goes(pipe_folder, kind):
     "The regression moves a policy even without a reward, so the opposite reward is the control: same seeds, same held-out noise, and the pictures of the first are the brighter ones."
     changes = {**KINDS[kind], "beta": 200., "samples_per_epoch": 16, "num_epochs": 4, "eval_samples": 16, "eval_every": 4, "num_inner_epochs": 10, "learning_rate": 3e-3}
+    if kind == "sparse": changes |= dict(share=0.125, samples_per_epoch=32)
     up = go(pipe_folder, **changes)
     down = go(pipe_folder, reward=Reward(lambda images, prompts: -brightness(images, prompts), "darkness"), **changes)
     assert up.history.eval_reward_mean.iloc[-1] > -down.history.eval_reward_mean.iloc[-1] + up.eval_base["eval_reward_sem"]
