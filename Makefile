@@ -8,7 +8,7 @@ demo: .venv/ready
 	.venv/bin/python -m alignkit.curves --short --out runs/demo
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -q -n 2 --durations=8
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -q -n 2 --dist worksteal --durations=8
 
 readme: .venv/ready
 	.venv/bin/python nbs/make_readme.py

@@ -1,0 +1,18 @@
+"Several runs side by side: a failure is named and does not stop the others."
+import pytest
+from alignkit.curves import reproduce
+from alignkit.runs import read_run
+
+
+def test_a_failing_run_is_named_and_the_other_is_kept(tmp_path):
+    tasks = [("jpeg_compressibility", "alignprop_k1", 0), ("jpeg_compressibility", "ddpo_sf", 0)]
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed") as error: reproduce(tmp_path, tasks, num_epochs=1, short=True, jobs=2)
+    for word in ("jpeg_compressibility alignprop_k1 0", "has no gradient", "jpeg_compressibility_alignprop_k1_seed0.log"): assert word in str(error.value)
+    assert len(read_run(tmp_path / "jpeg_compressibility" / "ddpo_sf_seed0").history) == 1
+    runs = reproduce(tmp_path, tasks[1:], num_epochs=1, short=True)  # finished: only read
+    assert [r.config["method"] for r in runs] == ["ddpo_sf"]
+
+
+def test_unknown_tasks_are_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="method: ddpo_is, ddpo_sf"): reproduce(tmp_path, [("tiny_aesthetic", "ppo", 0)])
+    assert not list(tmp_path.iterdir())
