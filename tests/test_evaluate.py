@@ -369,7 +369,7 @@ def test_runs_from_before_there_was_early_stopping(pipe_folder, tmp_path):
 
 
 def test_recorded_runs_still_read():
-    from alignkit.curves import recorded
+    from alignkit.runs import recorded
     for name in ("tiny_aesthetic", "jpeg_compressibility"):
         for run in recorded(name):
             assert "early_stop" not in run.config or run.config["early_stop"] == ""
