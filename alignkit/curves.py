@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'BACKPROP', 'RWR', 'METHODS', 'BLACK_BOX', 'EVERY', 'TASK
            'task_config', 'label', 'kept_epoch', 'final_evaluation', 'summary', 'time_to', 'compare', 'compare_rewards',
            'published', 'score_and_truth', 'sample_strip', 'run_one', 'reproduce', 'report', 'main']
 
-# %% ../nbs/12_curves.ipynb #daa5401d
+# %% ../nbs/12_curves.ipynb #170694cf
 import argparse, json, os, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ from .rwr import RWRConfig
 from .pipelines import adapter_off, add_lora, data_dir, load, load_lora
 from .prompts import get_prompts
 from .rewards import get_reward
-from .runs import Run, TrainConfig, evaluate_fixed, evaluations, read_run, write_atomic
+from .runs import Run, TrainConfig, evaluate_fixed, evaluations, read_run, watch, write_atomic
 
 # %% ../nbs/12_curves.ipynb #74579e1d
 SETTINGS = dict(num_epochs=40, updates_per_epoch=8, eval_every=4, eval_samples=96, eval_guidance_scale=3., eval_rewards=("clip_named", "clip_diversity"), save_every=4, keep_checkpoints=1000)
@@ -70,17 +70,14 @@ def label(
     if "strategy" not in config: return config["method"]
     return f"alignprop_k{config['truncation_k']}" if config["strategy"] == "last" else f"alignprop_{config['strategy']}"
 
-# %% ../nbs/12_curves.ipynb #528291f5
+# %% ../nbs/12_curves.ipynb #05488c72
 def kept_epoch(
     run:Run,
-    least:float=0.85,  # share of the base model's named pictures that must still be named
-    judge:str="clip_named",  # the reward that stands guard, see `DDPOConfig.eval_rewards`
+    drop:float=0.15,  # how far the judge may fall below its best so far, in its own unit: share of pictures
+    judge:str="clip_named",  # the reward that stands guard, one of the run's eval_rewards
 ) -> int:  # -1: no epoch was better
-    "The epoch with the best held-out reward among those whose pictures the judge still recognises: early stopping by a second opinion."
-    e = evaluations(run)
-    column = f"eval_{judge}_mean"
-    good = e[e[column] >= least * e[column].iloc[0]]
-    return int(good.loc[good.eval_reward_mean.idxmax(), "epoch"])
+    "The epoch with the best held-out reward while the judge still recognises the pictures: `runs.watch`, which stops nothing here, so that the curves show what comes after."
+    return watch(run.eval_base, run.rows, judge, drop, patience=len(run.rows) + 2)[1]
 
 def final_evaluation(
     run:Run,  # with its folder; to compute, a LoRA run whose checkpoints are kept

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'rwr_weights', 'sparse_weights', 'denoising_loss', 'RWRConfig', 'preset', 'update_groups',
            'regression_draws', 'train']
 
-# %% ../nbs/07_rwr.ipynb #00e879c6
+# %% ../nbs/07_rwr.ipynb #96ca9387
 import math, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from .mdp import generator_for, rollout, sample_noise
 from .pipelines import decode, predict
 from .rewards import RewardError, Scorer
-from .runs import Run, TrainConfig, Training
+from .runs import Run, TrainConfig, Training, explain_out_of_memory
 
 # %% ../nbs/07_rwr.ipynb #08adc157
 def _checked(rewards, prompts):
@@ -146,7 +146,8 @@ def regression_draws(
     streams = [generator_for(seed, f"rwr noise {inner}", epoch, i) for i in indices]
     return torch.stack([torch.randint(num_train_timesteps, (), generator=g) for g in streams]), torch.stack([torch.randn(shape, generator=g) for g in streams])
 
-# %% ../nbs/07_rwr.ipynb #867e3238
+# %% ../nbs/07_rwr.ipynb #b1554f41
+@explain_out_of_memory
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -159,7 +160,7 @@ def train(
     "Reward-weighted regression from start to end: sample, score, weigh, regress, record."
     cfg = (cfg or RWRConfig()).check()
     job = Training(cfg, pipe, reward, prompts, out, resume, callbacks)
-    pipe, unet, accelerator, device, negative_embeds = job.pipe, job.unet, job.accelerator, job.device, job.negative_embeds
+    cfg, pipe, unet, accelerator, device, negative_embeds = job.cfg, job.pipe, job.unet, job.accelerator, job.device, job.negative_embeds
     shape = job.noise_shape[1:]
 
     for epoch in job.epochs():

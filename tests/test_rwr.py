@@ -1,12 +1,14 @@
 "Reward-weighted regression end to end, on a pipeline with random weights: the numerics contract holds as it does for DDPO."
-import os, signal, socket, subprocess, sys
+import json, os, signal, socket, subprocess, sys
 from pathlib import Path
+from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 from alignkit import runs, rwr
 from alignkit.mdp import generator_for
+from alignkit.memory import plan
 from alignkit.pipelines import encode, load
 from alignkit.rewards import Reward, RewardError
 from alignkit.rwr import PRESETS, RWRConfig, denoising_loss, preset, regression_draws, rwr_weights, sparse_weights, train, update_groups
@@ -167,6 +169,19 @@ def test_speed_and_memory_settings_leave_the_update_alone(pipe_folder, whole, ki
     "Invariant 5.6: how an update is cut changes nothing but float error."
     seen = updates_of(lambda: go(pipe_folder, **{**SMOOTH, **KINDS[kind], **how}))
     assert_close(seen, whole[kind], rtol=0, atol=2e-4 * (whole[kind][-1] - whole[kind][0]).abs().max().item())
+
+
+def test_a_memory_budget_chooses_the_settings(pipe_folder, whole, tmp_path, capsys):
+    "memory_budget_gb lowers what is done at a time, says so, and leaves the update alone; out of memory names the setting to lower."
+    with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does"): go(pipe_folder, memory_budget_gb=1e-5, **SMOOTH)
+    tight, used = plan(pipe_folder, "ddpo", small(**{**SMOOTH, "micro_batch_size": 2, "sample_batch_size": 1})).peak_gb + 1e-6, []
+    with patch("alignkit.rwr.denoising_loss", side_effect=lambda unet, scheduler, x0, *args: used.append(len(x0)) or denoising_loss(unet, scheduler, x0, *args)):
+        seen = updates_of(lambda: go(pipe_folder, tmp_path, memory_budget_gb=tight, **{**SMOOTH, "micro_batch_size": 8, "sample_batch_size": 8}))
+    assert_close(seen, whole["softmax"], rtol=0, atol=2e-4 * (whole["softmax"][-1] - whole["softmax"][0]).abs().max().item())
+    chosen = json.loads((tmp_path / "config.json").read_text())["config"]["micro_batch_size"]
+    assert max(used) == chosen == 2 and f"micro_batch_size={chosen}" in capsys.readouterr().out
+    gone = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with patch("alignkit.rwr.denoising_loss", side_effect=gone), pytest.raises(torch.OutOfMemoryError, match=r"lower micro_batch_size \(now 3\).*memory.fit for .* would choose micro_batch_size="): go(pipe_folder)
 
 
 def test_the_gradient_is_the_weighted_mean(pipe_folder):
