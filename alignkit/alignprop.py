@@ -6,7 +6,7 @@
 __all__ = ['STRATEGIES', 'PRESETS', 'kept_steps', 'guided', 'backprop_rollout', 'renoised_last_step', 'decode_sliced',
            'AlignPropConfig', 'preset', 'alignprop_loss', 'train']
 
-# %% ../nbs/10_alignprop.ipynb #e5d2f59b
+# %% ../nbs/10_alignprop.ipynb #09c63c8f
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .mdp import ddim_mean_std, generator_for, predict_original, sample_noise
 from .pipelines import decode, predict
 from .rewards import NonFiniteReward, RewardError, score
-from .runs import Run, TrainConfig, Training, explain_out_of_memory
+from .runs import SHOWN, Run, TrainConfig, Training, explain_out_of_memory
 
 # %% ../nbs/10_alignprop.ipynb #9d8a7623
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")
@@ -167,7 +167,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"preset: one of {', '.join(PRESETS)}, got {name!r}")
     return AlignPropConfig(**{**PRESETS[name], **changes})
 
-# %% ../nbs/10_alignprop.ipynb #93fdb0b9
+# %% ../nbs/10_alignprop.ipynb #de4819ed
 def alignprop_loss(
     rewards:Tensor,  # (B,) with a graph
     coeff:float=1.,
@@ -244,7 +244,7 @@ def train(
                     accelerator.backward(loss * share)
                     loss_sum += share * loss.detach()
                 rewards[torch.tensor(indices, device=device)] = r.detach().view(copies, -1).mean(0)
-                shown.append(images.detach()[:len(indices)].clone() if copies > 1 else images.detach())
+                if (room := SHOWN - sum(map(len, shown))) > 0: shown.append(images.detach()[:min(room, len(indices))].clone())
                 lap("train")
             norm = accelerator.clip_grad_norm_(job.params, cfg.max_grad_norm)
             finite = accelerator.reduce(torch.tensor(float(finite and bool(torch.isfinite(torch.as_tensor(norm)))), device=device), "mean") == 1

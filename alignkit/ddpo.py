@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'PromptStats', 'DDPOConfig', 'preset', 'update_groups', 'pair_batches',
            'pair_log_prob', 'train']
 
-# %% ../nbs/08_ddpo.ipynb #4a5ef236
+# %% ../nbs/08_ddpo.ipynb #2046e7e3
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from .logprob import step_log_prob
-from .mdp import Trajectory, ddim_mean_std, generator_for, rollout, sample_noise
-from .pipelines import decode, predict
-from .rewards import RewardError, Scorer
+from .mdp import Trajectory, ddim_mean_std, generator_for
+from .pipelines import predict
 from .runs import Run, TrainConfig, Training, explain_out_of_memory
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
@@ -184,7 +183,7 @@ def pair_log_prob(
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, cfg.eta)
     return step_log_prob(prev_sample, mean, std, cfg.log_prob_reduction)
 
-# %% ../nbs/08_ddpo.ipynb #ae59b48b
+# %% ../nbs/08_ddpo.ipynb #6ffa00fd
 @explain_out_of_memory
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
@@ -200,37 +199,19 @@ def train(
     stats = PromptStats(cfg.stats_buffer_size, cfg.stats_min_count)
     job = Training(cfg, pipe, reward, prompts, out, resume, callbacks, stats=stats)
     cfg, pipe, unet, accelerator, device, negative_embeds = job.cfg, job.pipe, job.unet, job.accelerator, job.device, job.negative_embeds
-    sampler = dict(guidance_scale=cfg.guidance_scale, eta=cfg.eta)
 
     for epoch in job.epochs():
         began = time.perf_counter()
-        # sample: this process's pictures, each from its own stream of noise
+        # sample and score this process's pictures
         groups = update_groups(cfg, epoch, job.rank, job.world)
         indices = [i for g in groups for i in g]
         texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
-        mine = [texts[i] for i in indices]
-        prompt_embeds, images = job.embed(mine), []
-        latents, log_probs = torch.empty(len(mine), *job.noise_shape, dtype=job.dtype, device=device), torch.empty(len(mine), cfg.num_inference_steps, device=device)
-        with accelerator.autocast(), Scorer(job.reward, epoch) as scorer:
-            for at in range(0, len(indices), cfg.sample_batch_size):
-                here = slice(at, at + cfg.sample_batch_size)
-                noise = sample_noise(cfg.seed, "rollout", epoch, indices[here], job.noise_shape).to(device, job.dtype)
-                part = rollout(job.policy, pipe.scheduler, prompt_embeds[here], noise, negative_embeds, **sampler,
-                               log_prob_fn=lambda *step: step_log_prob(*step, cfg.log_prob_reduction))
-                latents[here], log_probs[here] = part.latents, part.log_probs
-                with torch.inference_mode(): images.append(decode(pipe, part.latents[:, -1]))
-                scorer.submit(images[-1], mine[here])  # scored in the background, while the next batch is drawn
-            trajectory, images = Trajectory(latents, part.timesteps.clone(), log_probs), torch.cat(images)
-            del noise, part
-            sampled = time.perf_counter()
-
-            # wait for the rewards; after a failure the folder resumes at this epoch
-            error = None
-            try: r = scorer.result().to(device)
-            except RewardError as e: error, r = e, torch.zeros(len(mine), device=device)
-        job.stop_if_failed(error, epoch, save=epoch > 0)
-        rewards = job.everyone(r, indices)  # all know all rewards, so all hold the same statistics
-        job.queries += cfg.samples_per_epoch
+        prompt_embeds, n, S = job.embed([texts[i] for i in indices]), len(indices), cfg.num_inference_steps
+        trajectory = Trajectory(torch.empty(n, *job.noise_shape, dtype=job.dtype, device=device), torch.empty(S, dtype=torch.long), torch.empty(n, S, device=device))
+        def keep(rows, part):
+            trajectory.latents[rows], trajectory.log_probs[rows] = part.latents, part.log_probs
+            trajectory.timesteps.copy_(part.timesteps)
+        rewards, images, seconds = job.sample(epoch, indices, texts, keep, lambda *step: step_log_prob(*step, cfg.log_prob_reduction))  # all know all rewards, so all hold the same statistics
         scored = time.perf_counter()
 
         # advantages
@@ -273,6 +254,6 @@ def train(
         # record
         row = dict(epoch=epoch, step=job.steps, wall_s=job.wall, queries=job.queries, reward_mean=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), loss=loss,
                    grad_norm=torch.stack(norms).mean().item(), approx_kl=approx_kl, clipfrac=clipfrac,
-                   sample_s=sampled - began, reward_s=scored - sampled, reward_work_s=scorer.seconds, train_s=trained - scored)
+                   **seconds, train_s=trained - scored)
         if job.record(epoch, row, images): break
     return job.finish()

@@ -6,8 +6,8 @@
 __all__ = ['ARCHITECTURES', 'PARTS', 'STRATEGIES', 'ALIGNPROP', 'LiveBytes', 'measured_peak', 'architecture', 'MemoryPlan',
            'plan', 'fit']
 
-# %% ../nbs/09_memory.ipynb #a4c28997
-import json, math, os, sys, weakref
+# %% ../nbs/09_memory.ipynb #d4ea9fa8
+import gc, json, math, os, sys, weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import lru_cache
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .pipelines import ATTENTION, add_lora, cast, data_dir, decode, fast_layers, predict, quiet
 from .mdp import Trajectory, ddim_mean_std
 from .ddpo import DDPOConfig, ddpo_is_loss, pair_log_prob
+from .runs import SHOWN
 
 # %% ../nbs/09_memory.ipynb #4644d738
 class LiveBytes(TorchDispatchMode):
@@ -54,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
-# %% ../nbs/09_memory.ipynb #af422d46
+# %% ../nbs/09_memory.ipynb #7d35328d
 @contextmanager
 def _no_stderr():
     "The profiler's C++ side writes its start, its stop and a warning to file descriptor 2."
@@ -76,6 +77,7 @@ def measured_peak(
         before = torch.cuda.memory_allocated()
         fn(); torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # what an earlier measurement left in a cycle would be freed, and counted, during this one
     with _no_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: fn()
     events = sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
     now = peak = 0
@@ -354,7 +356,7 @@ class MemoryPlan:
         ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         return ax
 
-# %% ../nbs/09_memory.ipynb #f8c9983a
+# %% ../nbs/09_memory.ipynb #abe9ab61
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")  # which steps keep a graph; see notebook 10
 
 ALIGNPROP = dict(samples_per_epoch=1, updates_per_epoch=1, batch_size=None, micro_batch_size=1, num_inference_steps=50, strategy="full", truncation_k=1, renoise=2, checkpointing="none", stored_steps=0,
@@ -411,12 +413,12 @@ def _plan_ddpo(m, c, fixed, base, hw, channels):
     draw, show, train = _unet_call(m, "sample", sb), _vae_call(m, min(64, sb), False), _unet_call(m, "pairs", micro, accumulates=accumulates)
     held, new, work = _backward(train, G, not accumulates)
     data = "latents, noise, pictures"
-    before, after = trajectory + 2 * part + pictures - sb * picture, trajectory + pictures  # a batch's noise and latents lie beside the whole while it is drawn
+    before = trajectory + 2 * part + pictures - sb * picture  # a batch's noise and latents beside the whole, and the earlier pictures, should the reward be slow
+    after = trajectory + min(c.samples_per_epoch, SHOWN) * picture
     existing = G if accumulates else 0
     phases = {
         "sample": {data: before, "workspace": draw["forward"]},
         "decode": {data: before, "workspace": show["forward"]},
-        "collect": {data: after + pictures},
         "forward": {data: after, "gradients": existing, "UNet activations": held, "workspace": train["forward"] - held},
         "backward": {data: after, "gradients": existing + new, "UNet activations": held, "workspace": work},
         "optimiser step": {data: after, "gradients": G, "workspace": fixed["step"]},
@@ -436,7 +438,7 @@ def _plan_alignprop(m, c, fixed, base, hw, channels):
     stack = lambda n: first["held"] + (n - 1) * more["held"] if n > 1 else n * first["held"]  # n stored steps
     noise = B * latent * (S + 1 + (R + 1 if c.strategy == "draft_lv" else 0))
     pictures, epoch = B * R * picture, max(c.samples_per_epoch, c.batch_size)
-    earlier = max(epoch - B, 0) * picture  # `train` keeps an epoch's pictures until they are recorded
+    earlier = min(max(epoch - B, 0), SHOWN) * picture  # an epoch's first pictures are kept until they are recorded
     inputs = {"latents, noise, pictures": noise + earlier}
     done = {"latents, noise, pictures": noise + earlier + pictures}
     chain = {"checkpoints": (K - stored) * checkpoint, "UNet activations": stack(stored), "gradients": existing}
@@ -472,8 +474,8 @@ def _plan_alignprop(m, c, fixed, base, hw, channels):
         elif stored: options = [back(again(todo, True), 0, todo - 1, False)]
         else: options = [back(again(todo, False), 0, todo - 1, True), *([back(again(todo - 1, True), 0, todo - 2, False)] if todo > 1 else [])]
         phases["recomputed steps"] = most(options)
-    phases["optimiser step"] = {**done, "gradients": G, "workspace": fixed["step"]}
-    recorded = noise + 2 * epoch * picture  # beside each other: as they were drawn, and in one tensor
+    phases["optimiser step"] = {"latents, noise, pictures": noise + min(epoch, SHOWN) * picture + pictures, "gradients": G, "workspace": fixed["step"]}
+    recorded = noise + (2 * min(epoch, SHOWN) + B * R) * picture  # beside each other: as they were drawn, in one tensor, and the last batch
     phases |= {"record": {"latents, noise, pictures": recorded}, **_evaluate(m, c, latent, picture, recorded)}
     per_call = {"UNet activations of one kept step": (more or first)["held"], "checkpoint of one step": checkpoint, "VAE activations": held, "one UNet call, backward": (more or first)["backward"]}
     return phases, per_call, dict(kept_steps=K, stored_steps=stored, micro_batch_size=B, accumulates=accumulates)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['jpeg_incompressibility', 'jpeg_compressibility', 'REWARDS', 'LAZY', 'CLIP_MEAN', 'CLIP_STD', 'clip_named',
-           'clip_diversity', 'to_uint8', 'jpeg_size_kb', 'check_images', 'Reward', 'weighted_sum', 'get_reward',
-           'with_gradient', 'RewardError', 'NonFiniteReward', 'score', 'Scorer', 'load_clip', 'embed_images',
-           'embed_texts', 'name_images']
+           'clip_diversity', 'clip_diversity_all', 'to_uint8', 'jpeg_size_kb', 'check_images', 'Reward', 'weighted_sum',
+           'get_reward', 'with_gradient', 'RewardError', 'NonFiniteReward', 'score', 'Scorer', 'load_clip',
+           'embed_images', 'embed_texts', 'name_images']
 
 # %% ../nbs/05_rewards.ipynb #cdb05f76
 import importlib, io, operator, os, re, tempfile, time
@@ -245,18 +245,22 @@ class _Named:
 
 clip_named = REWARDS["clip_named"] = Reward(_Named())
 
-# %% ../nbs/05_rewards.ipynb #7b3da607
+# %% ../nbs/05_rewards.ipynb #1604ecee
 class _Diversity:
-    "Mean distance (one minus the cosine) of each picture to the others of its prompt, in the small CLIP's space. Loads its CLIP when first asked."
-    name, differentiable, loaded = "clip_diversity", False, None
+    "Mean distance (one minus the cosine) of each picture to the others of its prompt, or to all others, in the small CLIP's space. Loads its CLIP when first asked."
+    differentiable, loaded = False, None
+    def __init__(self,
+        within:bool,  # only pictures of one prompt are compared
+    ): self.within, self.name = within, "clip_diversity" if within else "clip_diversity_all"
     @torch.no_grad()
     def __call__(self, images, prompts):
         check_images(images)
         if self.loaded is None: self.loaded = load_clip()[0]
-        lone = [p for p in dict.fromkeys(prompts) if prompts.count(p) < 2]
-        if lone: raise ValueError(f"clip_diversity compares pictures of one prompt, and there is a single one of {lone[0]!r}")
+        lone = [p for p in dict.fromkeys(prompts) if prompts.count(p) < 2] if self.within else prompts if len(prompts) < 2 else []
+        if lone: raise ValueError(f"{self.name} compares pictures{' of one prompt' if self.within else ''}, and there is a single one of {lone[0]!r}")
         z = torch.cat([embed_images(self.loaded, x) for x in images.float().cpu().split(256)])
-        same = torch.tensor([[p == q for q in prompts] for p in prompts]).fill_diagonal_(False)
-        return ((1 - z @ z.T) * same).sum(1) / same.sum(1)
+        pairs = torch.tensor([[p == q or not self.within for q in prompts] for p in prompts]).fill_diagonal_(False)
+        return ((1 - z @ z.T) * pairs).sum(1) / pairs.sum(1)
 
-clip_diversity = REWARDS["clip_diversity"] = Reward(_Diversity())
+clip_diversity = REWARDS["clip_diversity"] = Reward(_Diversity(True))
+clip_diversity_all = REWARDS["clip_diversity_all"] = Reward(_Diversity(False))

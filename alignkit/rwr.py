@@ -6,16 +6,15 @@
 __all__ = ['PRESETS', 'rwr_weights', 'sparse_weights', 'denoising_loss', 'RWRConfig', 'preset', 'update_groups',
            'regression_draws', 'train']
 
-# %% ../nbs/07_rwr.ipynb #96ca9387
+# %% ../nbs/07_rwr.ipynb #fcf63b2e
 import math, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .mdp import generator_for, rollout, sample_noise
-from .pipelines import decode, predict
-from .rewards import RewardError, Scorer
+from .mdp import generator_for
+from .pipelines import predict
 from .runs import Run, TrainConfig, Training, explain_out_of_memory
 
 # %% ../nbs/07_rwr.ipynb #08adc157
@@ -146,7 +145,7 @@ def regression_draws(
     streams = [generator_for(seed, f"rwr noise {inner}", epoch, i) for i in indices]
     return torch.stack([torch.randint(num_train_timesteps, (), generator=g) for g in streams]), torch.stack([torch.randn(shape, generator=g) for g in streams])
 
-# %% ../nbs/07_rwr.ipynb #b1554f41
+# %% ../nbs/07_rwr.ipynb #e48fc1a7
 @explain_out_of_memory
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
@@ -165,28 +164,12 @@ def train(
 
     for epoch in job.epochs():
         began = time.perf_counter()
-        # sample: this process's pictures, each from its own stream of noise; of a trajectory only the end is kept
+        # sample and score this process's pictures; of a trajectory only the end is kept
         indices = list(range(job.rank, cfg.samples_per_epoch, job.world))
         texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
-        latents, shown = [], []
-        with accelerator.autocast(), Scorer(job.reward, epoch) as scorer:
-            for at in range(0, len(indices), cfg.sample_batch_size):
-                here = indices[at:at + cfg.sample_batch_size]
-                noise = sample_noise(cfg.seed, "rollout", epoch, here, job.noise_shape).to(device, job.dtype)
-                trajectory = rollout(job.policy, pipe.scheduler, job.embed([texts[i] for i in here]), noise, negative_embeds, cfg.guidance_scale, cfg.eta)
-                latents.append(trajectory.latents[:, -1].clone())
-                with torch.inference_mode(): images = decode(pipe, latents[-1])
-                scorer.submit(images, [texts[i] for i in here])  # scored in the background, while the next batch is drawn
-                if at < 16: shown.append(images[:16])
-            sampled = time.perf_counter()
-
-            # wait for the rewards; after a failure the folder resumes at this epoch
-            error = None
-            try: r = scorer.result().to(device)
-            except RewardError as e: error, r = e, torch.zeros(len(indices), device=device)
-        job.stop_if_failed(error, epoch, save=epoch > 0)
-        rewards = job.everyone(r, indices)
-        job.queries += cfg.samples_per_epoch
+        latents = torch.empty(len(indices), *shape, device=device)
+        def keep(rows, trajectory): latents[rows] = trajectory.latents[:, -1].float()
+        rewards, images, seconds = job.sample(epoch, indices, texts, keep)
         scored = time.perf_counter()
 
         # weigh: all processes know all rewards, and share the pictures that have a weight
@@ -196,7 +179,7 @@ def train(
         place = {i: k for k, i in enumerate(kept)}
         mine = [(k, place[i]) for k, i in enumerate(indices) if i in place]
         x0 = torch.zeros(len(kept), *shape, device=device)
-        if mine: x0[[p for _, p in mine]] = torch.cat(latents)[[k for k, _ in mine]].float()
+        if mine: x0[[p for _, p in mine]] = latents[[k for k, _ in mine]]
         x0 = accelerator.reduce(x0)
 
         # regress: passes over the kept pictures, each with new timesteps and noise
@@ -223,6 +206,6 @@ def train(
         # record
         row = dict(epoch=epoch, step=job.steps, wall_s=job.wall, queries=job.queries, reward_mean=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), loss=loss,
                    grad_norm=torch.stack(norms).mean().item(), approx_kl=0., clipfrac=0., effective_samples=(weights.sum()**2 / (weights**2).sum()).item(),
-                   sample_s=sampled - began, reward_s=scored - sampled, reward_work_s=scorer.seconds, train_s=trained - scored)
-        if job.record(epoch, row, torch.cat(shown)): break
+                   **seconds, train_s=trained - scored)
+        if job.record(epoch, row, images): break
     return job.finish()

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 from alignkit.alignprop import STRATEGIES, AlignPropConfig, preset, train
-from alignkit.pipelines import load
 from alignkit.rewards import Reward, RewardError
 from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
 
@@ -151,7 +150,7 @@ def test_a_reward_that_is_not_finite_leaves_the_update_out(pipe_folder):
 def test_a_gradient_that_is_not_finite_leaves_the_update_out(pipe_folder):
     "A finite reward may have an infinite gradient: the square root at 0."
     def root(images, prompts): return (images.mean((1, 2, 3)) * 0).sqrt()
-    with pytest.raises(RuntimeError, match="3 updates.*not finite.*max_skipped=2.*learning_rate") as error:
+    with pytest.raises(RuntimeError, match="3 updates.*not finite.*max_skipped=2.*learning_rate"):
         go(pipe_folder, reward=Reward(root, "root", differentiable=True), max_skipped=2, eval_every=0)
 
 

@@ -1,13 +1,11 @@
 "Evaluation, mixing of adapters and early stopping, on a pipeline with random weights."
 import json, math
-from dataclasses import replace
-from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch.testing import assert_close
-from alignkit.evaluate import (check_fit, evaluate, interval, leave_one_out, leave_one_out_pairs, mix, mix_adapters, mixing_path, mount, plot_path, read_adapter,
+from alignkit.evaluate import (check_fit, evaluate, interval, leave_one_out, leave_one_out_pairs, mix, mix_adapters, mixing_path, mount, plot_path, read_adapter, share_interval,
                                readable, side_by_side)
 from alignkit.mdp import draw
 from alignkit.pipelines import add_lora, load, save_lora
@@ -187,6 +185,19 @@ def test_a_mixing_path(pipe_folder, adapters):
     import matplotlib; matplotlib.use("Agg")
     assert len(plot_path(line, ["red", "drift"]).axes) == 2
     with pytest.raises(ValueError, match="measures: choose from red"): plot_path(line, ["gold"])
+
+
+def test_shares_have_intervals_inside_0_and_1(pipe_folder):
+    "A reward that answers 0 or 1 gets Wilson's interval, against published numbers; drift and diversity keep the jackknife's, though the base model's are 0."
+    for (k, n), ends in {(0, 10): (0., 0.2775), (8, 10): (0.4902, 0.9433), (10, 10): (0.7225, 1.)}.items(): assert_close(share_interval(k, n), ends, rtol=0, atol=1e-4)
+    def nobody(images, prompts): return torch.zeros(len(images))
+    def half(images, prompts): return torch.arange(len(images)).remainder(2).float()
+    def tenth(images, prompts): return torch.arange(len(images)).remainder(2) / 10
+    t = evaluate([], rewards=(nobody, half, tenth), pipe=pipe_folder, **FEW).set_index("measure")[["low", "high"]]
+    for name, k in (("nobody", 0), ("half", 3)): assert_close(tuple(t.loc[name]), share_interval(k, 6))
+    assert_close(tuple(t.loc["drift"]), (0., 0.))
+    assert_close(sum(t.loc["tenth"]) / 2, 0.05)
+    assert (t.loc["tenth"].high - 0.05) < 0.06
 
 
 def test_the_jackknife_is_what_it_should_be():

@@ -115,7 +115,7 @@ def test_samples_do_not_depend_on_the_batch(pipe_folder):
 def test_rewards_run_while_the_next_batch_is_drawn(pipe_folder, monkeypatch):
     "A reward that waits until the next batch is being drawn would wait for ever in a loop; it gets the rewards that it would get in turn."
     begun, calls = [threading.Event() for _ in range(3)], []
-    def rollout(*args, original=ddpo.rollout, **kwargs):
+    def rollout(*args, original=runs.rollout, **kwargs):
         next(e for e in begun if not e.is_set()).set()
         return original(*args, **kwargs)
     def patient(images, prompts):
@@ -123,7 +123,7 @@ def test_rewards_run_while_the_next_batch_is_drawn(pipe_folder, monkeypatch):
         if not begun[min(len(calls), 2)].wait(60): raise TimeoutError("the next batch was never drawn")
         return brightness(images, prompts)
     turn = go(pipe_folder, sample_batch_size=3, num_epochs=1, eval_every=0).history
-    monkeypatch.setattr(ddpo, "rollout", rollout)
+    monkeypatch.setattr(runs, "rollout", rollout)
     row = go(pipe_folder, reward=patient, sample_batch_size=3, num_epochs=1, eval_every=0).history.iloc[0]
     assert calls == [3, 3, 2]
     assert row.reward_mean == turn.reward_mean[0] and row.reward_work_s > row.reward_s
@@ -206,12 +206,12 @@ def killed_while(moment, pipe_folder, out):
         with open(path, "r+b") as f: f.truncate(path.stat().st_size // 2)
     def after(original, *args): original(*args)
     in_epoch_2 = lambda args, done: done == 2
-    if moment == "before the first sample": at_call(ddpo, "sample_noise", lambda args, done: True)
+    if moment == "before the first sample": at_call(runs, "sample_noise", lambda args, done: True)
     elif moment == "evaluating the base": at_call(runs, "evaluate_fixed", lambda args, done: True)
-    elif moment == "sampling": at_call(ddpo, "rollout", in_epoch_2)  # the first of two sampling batches is done by the second call
+    elif moment == "sampling": at_call(runs, "rollout", in_epoch_2)  # the first of two sampling batches is done by the second call
     elif moment == "sampling, second batch":
         seen = []
-        at_call(ddpo, "rollout", lambda args, done: done == 2 and (seen.append(1) or len(seen) == 2))
+        at_call(runs, "rollout", lambda args, done: done == 2 and (seen.append(1) or len(seen) == 2))
     elif moment == "scoring": at_call(rewards, "score", in_epoch_2)
     elif moment == "training":
         register_optimizer_step_post_hook(lambda *_: len(epochs) == 2 and kill())  # after the first of two updates
@@ -436,7 +436,7 @@ def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch
     "A wrong argument is named, with the values there are, before a picture is drawn; the run folder is not touched, so that the corrected call can use it."
     if "fp16" in words and torch.cuda.is_available(): pytest.skip("fp16 works on this machine")
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
-    for module, name in ((ddpo, "rollout"), (runs, "evaluate_fixed"), (runs, "add_lora")): monkeypatch.setattr(module, name, no_work)
+    for module, name in ((runs, "rollout"), (runs, "evaluate_fixed"), (runs, "add_lora")): monkeypatch.setattr(module, name, no_work)
     arguments = {**dict(pipe=pipe_folder, reward=brightness, prompts=PROMPTS, cfg=small(), out=tmp_path / "run"), **case(tmp_path)}
     with pytest.raises(error) as caught: ddpo.train(**arguments)
     for word in words: assert word in str(caught.value)
