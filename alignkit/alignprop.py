@@ -6,7 +6,7 @@
 __all__ = ['STRATEGIES', 'PRESETS', 'kept_steps', 'guided', 'backprop_rollout', 'renoised_last_step', 'decode_sliced',
            'AlignPropConfig', 'preset', 'alignprop_loss', 'train']
 
-# %% ../nbs/10_alignprop.ipynb #09c63c8f
+# %% ../nbs/10_alignprop.ipynb #4664ae4c
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from .mdp import ddim_mean_std, generator_for, predict_original, sample_noise
 from .pipelines import decode, predict
 from .rewards import NonFiniteReward, RewardError, score
-from .runs import SHOWN, Run, TrainConfig, Training, explain_out_of_memory
+from .runs import SHOWN, Run, TrainConfig, Training, on_failure
 
-# %% ../nbs/10_alignprop.ipynb #9d8a7623
+# %% ../nbs/10_alignprop.ipynb #a2f9a5fa
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")
 
 def kept_steps(
@@ -38,11 +38,12 @@ def kept_steps(
         return step >= S - truncation_k
     draw = lambda low, high, n=1: torch.randint(low, high, (n,), generator=generator)
     if strategy == "uniform": return step >= S - draw(1, S + 1)
-    if strategy == "per_step": return step >= draw(0, S + 1, S)
-    if strategy == "gaussian": return step >= (0.84 * S + 0.1 * S * torch.randn(1, generator=generator)).floor()
-    return step == draw(3 * S // 4, S)
+    if strategy == "refl": return step == draw(3 * S // 4, S)
+    kept = step >= (draw(0, S + 1, S) if strategy == "per_step" else (0.84 * S + 0.1 * S * torch.randn(1, generator=generator)).floor())
+    if not kept.any(): kept[-1] = True  # without a kept step there is no gradient: the last one stands in
+    return kept
 
-# %% ../nbs/10_alignprop.ipynb #ab4cae4f
+# %% ../nbs/10_alignprop.ipynb #39262743
 def guided(
     unet, latents:Tensor, timestep:Tensor, prompt_embeds:Tensor, negative_embeds:Tensor|None,  # as for `pipelines.predict`
     guidance_scale:float,
@@ -93,8 +94,8 @@ def renoised_last_step(
 ) -> Tensor:  # (n * B, C, h, w): copies of picture b at b, B + b, ...
     "DRaFT-LV: noise the finished picture n times to the last timestep, and take the last step again."
     B, n, t = len(latents), noise.shape[1] - 1, scheduler.timesteps[-1]
-    x = scheduler.add_noise(latents.detach().repeat(n, 1, 1, 1), noise[:, :n].transpose(0, 1).flatten(0, 1), t.expand(n * B).to(latents.device))
-    model_output = guided(unet, x, t.to(x.device), prompt_embeds.repeat(n, 1, 1), negative_embeds, guidance_scale, guidance_grad)
+    x = scheduler.add_noise(latents.detach().float().repeat(n, 1, 1, 1), noise[:, :n].transpose(0, 1).flatten(0, 1).float(), t.expand(n * B).to(latents.device))
+    model_output = guided(unet, x.to(latents.dtype), t.to(x.device), prompt_embeds.repeat(n, 1, 1), negative_embeds, guidance_scale, guidance_grad)
     mean, std = ddim_mean_std(scheduler, model_output, t, x, eta)
     return (mean + std * noise[:, n].repeat(n, 1, 1, 1).float()).to(latents.dtype)
 
@@ -167,7 +168,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"preset: one of {', '.join(PRESETS)}, got {name!r}")
     return AlignPropConfig(**{**PRESETS[name], **changes})
 
-# %% ../nbs/10_alignprop.ipynb #de4819ed
+# %% ../nbs/10_alignprop.ipynb #c4d4887e
 def alignprop_loss(
     rewards:Tensor,  # (B,) with a graph
     coeff:float=1.,
@@ -182,9 +183,9 @@ class _Skipped:
     def state_dict(self): return dict(count=self.count)
     def load_state_dict(self, state): self.count = state["count"]
 
-@explain_out_of_memory
+@on_failure
 def train(
-    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
+    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
     reward="tiny_aesthetic",  # with a gradient: a name, a `Reward`, a callable whose `differentiable` is True, or a dict of weights; see `rewards.get_reward`
     prompts="simple_animals",  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
     cfg:AlignPropConfig|None=None,  # None: the defaults
@@ -212,7 +213,7 @@ def train(
             mine = list(range(update * size + job.rank, (update + 1) * size, job.world))  # this process's pictures
             kept = kept_steps(cfg.strategy, cfg.num_inference_steps, generator_for(cfg.seed, "kept", epoch, update), cfg.truncation_k)
             kept_count.append(int(kept.sum()))
-            finite, loss_sum = True, torch.zeros((), device=device)
+            scored, loss_sum = True, torch.zeros((), device=device)
             for at in range(0, len(mine), cfg.micro_batch_size):
                 indices = mine[at:at + cfg.micro_batch_size]
                 with job.waits(last=at + cfg.micro_batch_size >= len(mine)):
@@ -235,7 +236,7 @@ def train(
                         except NonFiniteReward: pass
                         except RewardError as e: error = e
                     job.stop_if_failed(error, epoch, save=epoch > 0)
-                    if r is None: finite, r = False, images.mean((1, 2, 3)) * 0  # the other processes wait for this backward
+                    if lost := r is None: scored, r = False, images.mean((1, 2, 3)) * 0  # the other processes wait for this backward
                     elif not r.requires_grad: raise ValueError(f"reward: {job.reward.name!r} says that it has a gradient, but returned numbers without one")
                     lap("reward")
                     # go back
@@ -243,14 +244,18 @@ def train(
                     share = len(indices) / len(mine)  # the gradient is the mean over the update's pictures, however they are cut
                     accelerator.backward(loss * share)
                     loss_sum += share * loss.detach()
-                rewards[torch.tensor(indices, device=device)] = r.detach().view(copies, -1).mean(0)
+                rewards[torch.tensor(indices, device=device)] = float("nan") if lost else r.detach().view(copies, -1).mean(0)
                 if (room := SHOWN - sum(map(len, shown))) > 0: shown.append(images.detach()[:min(room, len(indices))].clone())
+                del noise, latents, images, loss, r  # not beside the next micro-batch's
                 lap("train")
-            norm = accelerator.clip_grad_norm_(job.params, cfg.max_grad_norm)
-            finite = accelerator.reduce(torch.tensor(float(finite and bool(torch.isfinite(torch.as_tensor(norm)))), device=device), "mean") == 1
-            if finite or accelerator.scaler is not None and r is not None: job.optimizer.step()  # in fp16 the scaler leaves out a step of its own accord, and lowers its scale
-            if not finite: skipped.count += 1
-            else: norms.append(torch.as_tensor(norm).detach()); losses.append(loss_sum)
+            everywhere = lambda ok: bool(accelerator.reduce(torch.tensor(float(ok), device=device), "mean") == 1)
+            finite = everywhere(scored)
+            if finite:
+                norm = torch.as_tensor(accelerator.clip_grad_norm_(job.params, cfg.max_grad_norm)).detach()
+                finite = everywhere(norm.isfinite())
+                if finite or accelerator.scaler is not None: job.optimizer.step()  # in fp16 the scaler leaves out a step of its own accord, and lowers its scale
+            if finite: norms.append(norm); losses.append(loss_sum)
+            else: skipped.count += 1
             job.optimizer.zero_grad()
             job.steps += 1
             if skipped.count > cfg.max_skipped:
@@ -258,10 +263,11 @@ def train(
                                    f"or use another mixed_precision than {cfg.mixed_precision!r}" + (f"; {job.folder.path} resumes from its last checkpoint" if job.folder else ""))
             lap("train")
         rewards = accelerator.reduce(rewards).cpu()
+        scored = rewards[~rewards.isnan()]  # the others' updates were left out
         job.queries += cfg.samples_per_epoch
         job.wall += sum(seconds.values())
         mean = lambda values: torch.stack(values).mean().item() if values else float("nan")
-        row = dict(epoch=epoch, step=job.steps, wall_s=job.wall, queries=job.queries, reward_mean=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), loss=mean([accelerator.reduce(l, "mean") for l in losses]),
+        row = dict(epoch=epoch, step=job.steps, wall_s=job.wall, queries=job.queries, reward_mean=scored.mean().item(), reward_std=scored.std(correction=0).item(), loss=mean([accelerator.reduce(l, "mean") for l in losses]),
                    grad_norm=mean(norms), approx_kl=0., clipfrac=0., kept_steps=sum(kept_count) / len(kept_count), skipped=skipped.count,
                    sample_s=seconds["sample"], reward_s=seconds["reward"], reward_work_s=seconds["reward"], train_s=seconds["train"])
         if job.record(epoch, row, torch.cat(shown)): break

@@ -71,7 +71,7 @@ def label(
     if "strategy" not in config: return config["method"]
     return f"alignprop_k{config['truncation_k']}" if config["strategy"] == "last" else f"alignprop_{config['strategy']}"
 
-# %% ../nbs/12_curves.ipynb #ac7c7439
+# %% ../nbs/12_curves.ipynb #9df5b42c
 def kept_epoch(
     run:Run,
     drop:float=0.15,  # how far the judge may fall below its best so far, in its own unit: share of pictures
@@ -88,11 +88,13 @@ def final_evaluation(
     "The untrained model, the kept epoch and the last one on held-out prompts and on noise that nothing was chosen by. Computed once, then read from eval_final.json."
     c, file = run.config, run.folder.path / "eval_final.json"
     epochs = dict(base=-1, kept=kept_epoch(run), last=int(evaluations(run).epoch.iloc[-1]))
+    folders = {e: run.folder.path / "checkpoints" / f"epoch_{e:04d}" for e in epochs.values() if e >= 0}
+    missing = [f for f in folders.values() if not f.is_dir()]
     if file.is_file():
         final = pd.DataFrame(json.loads(file.read_text())).T
-        if final.epoch.astype(int).to_dict() == epochs and {f"eval_{name}_mean" for name in _judges(c)} <= set(final): return final
-    folders = {e: run.folder.path / "checkpoints" / f"epoch_{e:04d}" for e in epochs.values() if e >= 0}
-    if missing := [f for f in folders.values() if not f.is_dir()]: raise FileNotFoundError(f"{missing[0]}: this checkpoint is needed for the final evaluation; train with save_every=eval_every and a large keep_checkpoints")
+        complete = {f"eval_{name}_mean" for name in _judges(c)} <= set(final)
+        if final.epoch.astype(int).to_dict() == epochs and (complete or missing): return final  # an older run may lack a judge
+    if missing: raise FileNotFoundError(f"{missing[0]}: this checkpoint is needed for the final evaluation; train with save_every=eval_every and a large keep_checkpoints")
     reward, prompts, judges = get_reward(c["reward"]), get_prompts(c["eval_prompts"]), tuple(map(get_reward, _judges(c)))
     pipe = run.pipe or load(c["pipe"])
     if not getattr(pipe.unet, "peft_config", None): add_lora(pipe.unet, c["lora_rank"], c["lora_alpha"], tuple(c["lora_targets"]), c["seed"])
@@ -116,7 +118,7 @@ def summary(
         judges = [(name.removeprefix("clip_"), f"eval_{name}_mean") for name in _judges(run.config)]
         rows.append(dict(method=label(run.config), seed=run.config["seed"], base=base.eval_reward_mean, kept_epoch=int(kept.epoch), kept=kept.eval_reward_mean,
             change_percent=100 * change / abs(base.eval_reward_mean), standard_errors=change / sem if sem else 0., last=last.eval_reward_mean,
-            **{f"{name}_{when}": row[column] for name, column in judges for when, row in (("base", base), ("kept", kept), ("last", last))},
+            **{f"{name}_{when}": row.get(column, float("nan")) for name, column in judges for when, row in (("base", base), ("kept", kept), ("last", last))},
             queries=int(run.history.queries.iloc[-1]), train_s=run.history.wall_s.iloc[-1]))
     return pd.DataFrame(rows)
 

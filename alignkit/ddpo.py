@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'PromptStats', 'DDPOConfig', 'preset', 'update_groups', 'pair_batches',
            'pair_log_prob', 'train']
 
-# %% ../nbs/08_ddpo.ipynb #2046e7e3
+# %% ../nbs/08_ddpo.ipynb #51f3cb41
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import Tensor
 from .logprob import step_log_prob
 from .mdp import Trajectory, ddim_mean_std, generator_for
 from .pipelines import predict
-from .runs import Run, TrainConfig, Training, explain_out_of_memory
+from .runs import Run, TrainConfig, Training, on_failure
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
 def ddpo_is_loss(
@@ -85,7 +85,7 @@ class PromptStats:
         self.__init__(state["buffer_size"], state["min_count"])
         for p, rewards in state["buffers"].items(): self.buffers[p].extend(rewards)
 
-# %% ../nbs/08_ddpo.ipynb #840ecc91
+# %% ../nbs/08_ddpo.ipynb #368d0171
 @dataclass
 class DDPOConfig(TrainConfig):
     "Every setting of a run, beside those that all methods share. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
@@ -98,7 +98,7 @@ class DDPOConfig(TrainConfig):
     adv_clip_max:float = 5.  # ddpo-pytorch, TRL: 5; the JAX code: 10
     log_prob_reduction:str = "mean"  # 'mean' as the references, or 'sum'
     learning_rate:float = 3e-3  # ddpo-pytorch: 3e-4 for LoRA; the paper: 1e-5 for all weights
-    recompute_log_probs:bool|None = None  # old log-probs from the training path: True, False, or None: only in half precision
+    recompute_log_probs:bool|None = None  # old log-probs from the training path: True, False, or None: only in half precision, and where a GPU's convolutions use TF32
     per_prompt_stats:bool = True  # advantages per prompt; False: over the epoch's batch
     stats_buffer_size:int = 8  # about six epochs of a prompt, as 16 (ddpo-pytorch) and 32 (JAX) are with their 256 pictures an epoch
     stats_min_count:int = 4  # ddpo-pytorch: 16; with 45 prompts and 64 pictures an epoch that would take 12 epochs
@@ -183,10 +183,10 @@ def pair_log_prob(
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, cfg.eta)
     return step_log_prob(prev_sample, mean, std, cfg.log_prob_reduction)
 
-# %% ../nbs/08_ddpo.ipynb #6ffa00fd
-@explain_out_of_memory
+# %% ../nbs/08_ddpo.ipynb #e183f627
+@on_failure
 def train(
-    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
+    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
     prompts="simple_animals",  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
     cfg:DDPOConfig|None=None,  # None: the defaults
@@ -199,6 +199,9 @@ def train(
     stats = PromptStats(cfg.stats_buffer_size, cfg.stats_min_count)
     job = Training(cfg, pipe, reward, prompts, out, resume, callbacks, stats=stats)
     cfg, pipe, unet, accelerator, device, negative_embeds = job.cfg, job.pipe, job.unet, job.accelerator, job.device, job.negative_embeds
+    pipe.scheduler.set_timesteps(cfg.num_inference_steps)
+    one = torch.zeros(1, 1, 1, 1)
+    for t in pipe.scheduler.timesteps: step_log_prob(one, *ddim_mean_std(pipe.scheduler, one, t, one, cfg.eta))  # refuses a schedule with a step that has no density, on a CPU and before the first picture
 
     for epoch in job.epochs():
         began = time.perf_counter()
@@ -206,13 +209,13 @@ def train(
         groups = update_groups(cfg, epoch, job.rank, job.world)
         indices = [i for g in groups for i in g]
         texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
-        prompt_embeds, n, S = job.embed([texts[i] for i in indices]), len(indices), cfg.num_inference_steps
+        n, S = len(indices), cfg.num_inference_steps
         trajectory = Trajectory(torch.empty(n, *job.noise_shape, dtype=job.dtype, device=device), torch.empty(S, dtype=torch.long), torch.empty(n, S, device=device))
         def keep(rows, part):
             trajectory.latents[rows], trajectory.log_probs[rows] = part.latents, part.log_probs
             trajectory.timesteps.copy_(part.timesteps)
         rewards, images, seconds = job.sample(epoch, indices, texts, keep, lambda *step: step_log_prob(*step, cfg.log_prob_reduction))  # all know all rewards, so all hold the same statistics
-        scored = time.perf_counter()
+        prompt_embeds, scored = job.embed([texts[i] for i in indices]), time.perf_counter()
 
         # advantages
         if cfg.per_prompt_stats: advantages = stats.advantages(texts, rewards)
@@ -224,12 +227,14 @@ def train(
         starts = np.cumsum([0, *map(len, groups)])
         batches = lambda inner, u: pair_batches(cfg, epoch, inner, u, list(range(starts[u], starts[u + 1])), groups[u])
         log_prob_of = lambda row, at: pair_log_prob(unet, pipe.scheduler, trajectory, row, at, prompt_embeds, negative_embeds, cfg)
-        recompute = cfg.mixed_precision != "no" if cfg.recompute_log_probs is None else cfg.recompute_log_probs
+        coarse = cfg.mixed_precision != "no" or device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # a batch of another shape rounds otherwise, by more than clip_range allows for
+        recompute = coarse if cfg.recompute_log_probs is None else cfg.recompute_log_probs
         if recompute and cfg.method == "ddpo_is":
             old_log_probs = old_log_probs.clone()
             with torch.no_grad(), accelerator.autocast():
-                for u in range(cfg.updates_per_epoch):
-                    for row, at in batches(0, u): old_log_probs[row, at] = log_prob_of(row, at)
+                for inner in range(cfg.num_inner_epochs if cfg.timestep_fraction < 1 else 1):  # with a fraction each pass has other steps
+                    for u in range(cfg.updates_per_epoch):
+                        for row, at in batches(inner, u): old_log_probs[row, at] = log_prob_of(row, at)
         sums, norms = torch.zeros(3, device=device), []
         for inner in range(cfg.num_inner_epochs):
             for u in range(cfg.updates_per_epoch):

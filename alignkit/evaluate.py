@@ -172,7 +172,7 @@ def mix(
     _coefficient(coefficient)
     return mount(load(pipe), mix_adapters(read_adapter(a), read_adapter(b), coefficient))
 
-# %% ../nbs/11_evaluate.ipynb #1d6a0b20
+# %% ../nbs/11_evaluate.ipynb #493bad92
 EXAMS = {"unseen animals": "heldout_animals", "unseen activities": "heldout_activities_paper", "unseen pairs": "heldout_new_scenes"}  # of the embedded pipeline
 
 def measure(
@@ -186,7 +186,7 @@ def measure(
 ) -> dict[str, tuple[float, Tensor]]:  # measure -> its value, and (n,) its values without each picture
     "Draw once, and ask everything of the same pictures."
     images = draw(pipe, texts, seed, purpose, 0, num_inference_steps, guidance_scale, eta, batch_size)
-    out = {r.name: leave_one_out(score(r, images, texts).detach().cpu()) for r in rewards}
+    with torch.no_grad(): out = {r.name: leave_one_out(score(r, images, texts).cpu()) for r in rewards}
     if judge is not None:
         z = judge.images(images).cpu()
         distance = 1 - z @ z.T

@@ -9,7 +9,7 @@ __all__ = ['step_log_prob']
 import math
 from torch import Tensor
 
-# %% ../nbs/03_logprob.ipynb #dd216ef7
+# %% ../nbs/03_logprob.ipynb #94568b0c
 def step_log_prob(
     prev_sample:Tensor,  # x_{t-1} as stored, (B, ...); a constant: no gradient flows into it
     prev_sample_mean:Tensor,  # mu_theta(x_t, t), same shape
@@ -20,7 +20,7 @@ def step_log_prob(
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction: 'mean' or 'sum', got {reduction!r}")
     x, mu, sigma = prev_sample.detach().float(), prev_sample_mean.float(), std_dev_t.float()
     if x.shape != mu.shape: raise ValueError(f"prev_sample and prev_sample_mean: one shape, got {tuple(x.shape)} and {tuple(mu.shape)}")
-    if sigma.device.type == "cpu" and not (sigma > 0).all():  # on an accelerator this would wait for the device at every step; train() checks eta once
+    if sigma.device.type == "cpu" and not (sigma > 0).all():  # on an accelerator this would wait for the device at every step; train() checks every step once
         raise ValueError("std_dev_t: must be > 0; with eta=0 (or at a last step with set_alpha_to_one=True) the step is deterministic and has no density")
     lp = -(x - mu) ** 2 / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return getattr(lp.flatten(1), reduction)(dim=1)

@@ -356,7 +356,7 @@ class MemoryPlan:
         ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         return ax
 
-# %% ../nbs/09_memory.ipynb #abe9ab61
+# %% ../nbs/09_memory.ipynb #1ddfb41d
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")  # which steps keep a graph; see notebook 10
 
 ALIGNPROP = dict(samples_per_epoch=1, updates_per_epoch=1, batch_size=None, micro_batch_size=1, num_inference_steps=50, strategy="full", truncation_k=1, renoise=2, checkpointing="none", stored_steps=0,
@@ -413,8 +413,9 @@ def _plan_ddpo(m, c, fixed, base, hw, channels):
     draw, show, train = _unet_call(m, "sample", sb), _vae_call(m, min(64, sb), False), _unet_call(m, "pairs", micro, accumulates=accumulates)
     held, new, work = _backward(train, G, not accumulates)
     data = "latents, noise, pictures"
-    before = trajectory + 2 * part + pictures - sb * picture  # a batch's noise and latents beside the whole, and the earlier pictures, should the reward be slow
-    after = trajectory + min(c.samples_per_epoch, SHOWN) * picture
+    shown = min(c.samples_per_epoch, SHOWN) * picture
+    before = trajectory + 2 * part + (pictures - sb * picture + shown if c.samples_per_epoch > sb else 0)  # a batch's noise and latents beside the whole; the earlier pictures, should the reward be slow, and the first of them
+    after = trajectory + shown
     existing = G if accumulates else 0
     phases = {
         "sample": {data: before, "workspace": draw["forward"]},
@@ -474,9 +475,9 @@ def _plan_alignprop(m, c, fixed, base, hw, channels):
         elif stored: options = [back(again(todo, True), 0, todo - 1, False)]
         else: options = [back(again(todo, False), 0, todo - 1, True), *([back(again(todo - 1, True), 0, todo - 2, False)] if todo > 1 else [])]
         phases["recomputed steps"] = most(options)
-    phases["optimiser step"] = {"latents, noise, pictures": noise + min(epoch, SHOWN) * picture + pictures, "gradients": G, "workspace": fixed["step"]}
-    recorded = noise + (2 * min(epoch, SHOWN) + B * R) * picture  # beside each other: as they were drawn, in one tensor, and the last batch
-    phases |= {"record": {"latents, noise, pictures": recorded}, **_evaluate(m, c, latent, picture, recorded)}
+    shown = min(epoch, SHOWN) * picture
+    phases["optimiser step"] = {"latents, noise, pictures": shown, "gradients": G, "workspace": fixed["step"]}
+    phases |= {"record": {"latents, noise, pictures": 2 * shown}, **_evaluate(m, c, latent, picture, 2 * shown)}  # one by one, and in one tensor
     per_call = {"UNet activations of one kept step": (more or first)["held"], "checkpoint of one step": checkpoint, "VAE activations": held, "one UNet call, backward": (more or first)["backward"]}
     return phases, per_call, dict(kept_steps=K, stored_steps=stored, micro_batch_size=B, accumulates=accumulates)
 

@@ -160,7 +160,7 @@ def score(
     if bad: raise NonFiniteReward(f"{where}: returned {r[bad[0]].item()} for prompt {prompts[bad[0]]!r} (picture {bad[0]} of {len(prompts)}; {len(bad)} such in all)")
     return r
 
-# %% ../nbs/05_rewards.ipynb #6c8c94f3
+# %% ../nbs/05_rewards.ipynb #6c8b09a6
 class Scorer:
     "Scores batches in the background, one at a time and in the order given, while the caller draws the next. Use it in a `with` block, which ends its thread."
     def __init__(self,
@@ -184,7 +184,8 @@ class Scorer:
         if self._failed: return torch.zeros(len(prompts))  # never seen: result() raises before it comes to this batch
         if images.is_cuda: torch.cuda.set_device(images.device)  # a new thread starts on the first GPU
         began = time.perf_counter()
-        try: return score(self.reward, images, prompts, self.epoch)
+        try:
+            with torch.no_grad(): return score(self.reward, images, prompts, self.epoch)  # each thread has its own grad mode
         except BaseException:
             self._failed = True
             raise

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['AT_A_TIME', 'SHOWN', 'environment', 'write_atomic', 'RunFolder', 'image_grid', 'evaluate_fixed', 'drift', 'watch',
-           'Run', 'read_run', 'recorded', 'evaluations', 'TrainConfig', 'fit_memory', 'explain_out_of_memory',
-           'Training']
+           'Run', 'read_run', 'recorded', 'evaluations', 'TrainConfig', 'fit_memory', 'on_failure', 'Training']
 
-# %% ../nbs/06_runs.ipynb #6a508c15
-import csv, io, json, math, os, platform, resource, shutil, subprocess, sys, time, traceback, warnings
+# %% ../nbs/06_runs.ipynb #d35f22b0
+import csv, hashlib, io, json, math, os, platform, resource, shutil, subprocess, sys, time, traceback, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -187,7 +186,7 @@ def image_grid(
     for i, p in enumerate(pictures): grid.paste(Image.fromarray(p), (i % columns * W, i // columns * H))
     return grid.resize((grid.width * scale, grid.height * scale), Image.NEAREST)
 
-# %% ../nbs/06_runs.ipynb #91d17f0e
+# %% ../nbs/06_runs.ipynb #827bb132
 def evaluate_fixed(
     pipe,  # pipeline under test, as it is
     reward,  # from `rewards.get_reward`
@@ -206,9 +205,10 @@ def evaluate_fixed(
     began = time.perf_counter()
     texts = [prompts.texts[i % len(prompts.texts)] for i in range(num_samples)]
     images = draw(pipe, texts, seed, purpose, 0, num_inference_steps, guidance_scale, eta, batch_size)
-    r = score(reward, images, texts, epoch)
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # a reward is asked in its own precision, as in training
+        r = score(reward, images, texts, epoch)
+        second = {f"eval_{other.name}_mean": score(other, images, texts, epoch).mean().item() for other in others}
     std = r.std(correction=1).item() if num_samples > 1 else 0.
-    second = {f"eval_{other.name}_mean": score(other, images, texts, epoch).mean().item() for other in others}
     return dict(eval_reward_mean=r.mean().item(), eval_reward_std=std, eval_reward_sem=std / num_samples**0.5, **second, eval_s=time.perf_counter() - began), images
 
 # %% ../nbs/06_runs.ipynb #5acaf84f
@@ -246,7 +246,7 @@ def drift(
         parts.append(torch.stack(steps, 1))
     return torch.cat(parts)
 
-# %% ../nbs/06_runs.ipynb #740eb10b
+# %% ../nbs/06_runs.ipynb #c8b12a46
 def watch(
     base:dict,  # eval_* of the untrained model: `run.eval_base`
     rows:list[dict],  # of the history; those without an evaluation are passed over
@@ -262,7 +262,7 @@ def watch(
         raise ValueError(f"early stopping: {judge!r} was not evaluated in this run; choose from {', '.join(known)}")
     best_judged, best, best_epoch, outside = -math.inf, -math.inf, -1, 0
     for row in (dict(base, epoch=-1), *rows):
-        if not row.get("eval_reward_mean", math.nan) == row["eval_reward_mean"]: continue
+        if math.isnan(row.get("eval_reward_mean", math.nan)): continue
         value = sign * row[column] if judge else 0.
         best_judged = max(best_judged, value)
         inside = best_judged - value <= drop
@@ -352,7 +352,7 @@ def evaluations(
     base = pd.DataFrame([dict(epoch=-1, wall_s=0., queries=0, **run.eval_base)])
     return pd.concat([base, h[base.columns]], ignore_index=True)
 
-# %% ../nbs/06_runs.ipynb #c5a335dd
+# %% ../nbs/06_runs.ipynb #0e2e2053
 @dataclass
 class TrainConfig:
     "Settings that every method has. A method's own config adds to them, and says where its defaults come from."
@@ -394,7 +394,7 @@ class TrainConfig:
     save_every:int = 1  # epochs between checkpoints, when there is a run folder
     keep_checkpoints:int = 2  # older ones are removed
     progress:bool = False  # a progress bar
-    memory_budget_gb:float|str|None = None  # of each process, 10^9 bytes: `memory.fit` lowers what is done at a time until the run fits; 'auto': nine tenths of what is free; None: the settings as they are
+    memory_budget_gb:float|str|None = None  # of each process, 10^9 bytes: `memory.fit` chooses what is done at a time, the fastest that fits; 'auto': nine tenths of what is free; None: the settings as they are
     reward_memory_gb:float|None = None  # set aside in that budget for the reward model, which a plan cannot see
 
     def need(self, ok, name, why):
@@ -413,6 +413,7 @@ class TrainConfig:
         self.positive("learning_rate", "max_grad_norm")
         self.need(isinstance(self.eval_every, int) and self.eval_every >= 0, "eval_every", "a whole number, 0 for never")
         self.need(not (self.eval_kl or self.early_stop == "kl") or self.trainable == "lora", "trainable", "the drift is measured from the model without its adapter, so 'lora'")
+        for name in ("eval_kl", "eval_rewards"): self.need(self.eval_every > 0 or not getattr(self, name), name, "is looked at in evaluations, and eval_every=0 makes none")
         if self.early_stop:
             self.need(self.eval_every > 0, "eval_every", f"early_stop={self.early_stop!r} judges by evaluations, so at least 1")
             drop = self.early_stop_drop
@@ -427,7 +428,7 @@ class TrainConfig:
             raise ValueError(f"updates_per_epoch: must divide samples_per_epoch={self.samples_per_epoch}, got {self.updates_per_epoch}")
         return self
 
-# %% ../nbs/06_runs.ipynb #7bbd673f
+# %% ../nbs/06_runs.ipynb #5e11dbc3
 def _optimizer(params, cfg):
     kind = torch.optim.AdamW
     if cfg.use_8bit_adam:
@@ -436,15 +437,18 @@ def _optimizer(params, cfg):
     return kind(params, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.adam_weight_decay, eps=cfg.adam_epsilon)
 
 def _accelerator(mixed_precision):
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()  # a notebook trains several times in one process, each time with its own precision
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision: 'fp16' needs a GPU (its loss scaling runs there only); use 'bf16' or 'no' on a CPU")
-    return Accelerator(mixed_precision=mixed_precision)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # the buckets that processes exchange are the gradients, not a copy of them
+    wait = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # an evaluation runs on the first process, and the others wait
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[ddp, wait])
 
-def _peak_memory():
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+def _peak_memory(device):
+    "Of this run on a GPU, of the whole process so far on a CPU."
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 AT_A_TIME = ("micro_batch_size", "sample_batch_size", "checkpointing", "stored_steps", "vae_slicing")  # settings that change memory and speed, and no number of an epoch but by rounding
@@ -453,51 +457,67 @@ def _free_gb(pipe):
     "What this process may still take, and what the pipeline has taken already, in 10^9 bytes."
     if pipe.unet.device.type == "cuda": return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
     import psutil
-    return (psutil.virtual_memory().available + sum(x.nbytes for part in (pipe.unet, pipe.vae, pipe.text_encoder) for x in part.parameters())) / 1e9
+    return (psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + sum(x.nbytes for part in (pipe.unet, pipe.vae, pipe.text_encoder) for x in part.parameters())) / 1e9
+
+def _budget_gb(pipe, cfg): return 0.9 * _free_gb(pipe) if cfg.memory_budget_gb == "auto" else cfg.memory_budget_gb
+
+def _planned(cfg):
+    "Arguments of `memory.plan` that are not in a config of its methods."
+    return dict(reward_bytes=int(1e9 * (cfg.reward_memory_gb or 0)), **(dict(timestep_fraction=1 / cfg.num_inference_steps) if cfg.method == "rwr" else {}))
 
 def fit_memory(
     pipe,  # loaded
     cfg:TrainConfig,  # its memory_budget_gb says how much
     world:int=1,  # processes that share an update's pictures
+    budget_gb:float|None=None,  # None: as cfg says, by what is free for this process
 ) -> TrainConfig:  # cfg with other values of `AT_A_TIME`, where it has such fields
-    "The fastest settings that fit the budget, by `memory.fit`. RWR is planned as a DDPO whose pairs are pictures, which is no less than it needs."
+    "The fastest settings that fit the budget, by `memory.fit`. RWR is planned as a DDPO that trains on one step of each trajectory, which is no less than it needs."
     from alignkit import memory  # a later chapter, and only for those who ask
     method = "alignprop" if cfg.method == "alignprop" else "ddpo"
-    budget = 0.9 * _free_gb(pipe) if cfg.memory_budget_gb == "auto" else cfg.memory_budget_gb
-    choose = lambda c: memory.fit(pipe, method, c, budget, reward_bytes=int(1e9 * (cfg.reward_memory_gb or 0)))
+    budget = budget_gb or _budget_gb(pipe, cfg)
+    choose = lambda c: memory.fit(pipe, method, c, budget, **_planned(cfg))
     mine = replace(cfg, samples_per_epoch=cfg.samples_per_epoch // world)
     chosen = choose(mine)
-    most = chosen.micro_batch_size if method == "alignprop" else chosen.sample_batch_size
+    most = chosen.sample_batch_size
     if method == "ddpo" and cfg.eval_every and (cfg.eval_guidance_scale or 1) > 1 == cfg.guidance_scale: most = min(most, choose(replace(mine, guidance_scale=cfg.eval_guidance_scale)).sample_batch_size)  # evaluations take two rows a picture
     return replace(cfg, **{k: getattr(chosen, k) for k in AT_A_TIME if hasattr(cfg, k)} | dict(sample_batch_size=min(cfg.sample_batch_size, most)))
 
-def explain_out_of_memory(
+def _release(pipe):
+    "Take back what training put around the layers: accelerate's autocast, `fast_layers`."
+    if original := pipe.unet.__dict__.pop("_original_forward", None):  # accelerate's own way back would also take off diffusers' decorators
+        pipe.unet.forward = original
+        if getattr(original, "__func__", None) is type(pipe.unet).forward: del pipe.unet.forward
+    for part in (pipe.unet, pipe.vae): fast_layers(part, False)
+
+def on_failure(
     train,  # of a method
-):  # the same function, whose out-of-memory error says what to do
-    "After an out-of-memory error: which setting to lower, and what `memory.fit` would choose."
+):  # the same function
+    "After any failure a loaded pipeline is plain again; after an out-of-memory error the message says which setting to lower, and what `memory.fit` would choose."
     @wraps(train)
     def run(*args, **kwargs):
+        given = signature(train).bind(*args, **kwargs).arguments
         try: return train(*args, **kwargs)
-        except Exception as e:
+        except BaseException as e:
+            if hasattr(given.get("pipe"), "unet"): _release(given["pipe"])
             chain = [x for x in (e, e.__cause__) if x is not None]
             if not any(isinstance(x, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(x) for x in chain): raise
-            given = signature(train).bind(*args, **kwargs).arguments
-            message = _out_of_memory(given.get("pipe", "tiny"), given.get("cfg") or signature(train).parameters["cfg"].annotation.__args__[0](), {f.name for x in chain for f in traceback.extract_tb(x.__traceback__)})
+            ours = {f.name for x in chain for f in traceback.extract_tb(x.__traceback__) if Path(f.filename).parent == Path(alignkit.__file__).parent}
+            message = _out_of_memory(given.get("pipe", "tiny"), given.get("cfg") or signature(train).parameters["cfg"].annotation.__args__[0](), ours)
             raise torch.OutOfMemoryError(f"{message} ({e})") from e
     return run
 
 def _out_of_memory(pipe, cfg, where):
     from alignkit import memory
-    drawing = where & {"evaluate_fixed", "sample"}  # AlignProp draws what it trains on: only its evaluations are drawn by themselves
+    drawing = where & {"evaluate_fixed", "drift", "sample"}  # AlignProp draws what it trains on: only its evaluations are drawn by themselves
     lower = "sample_batch_size" if drawing else "micro_batch_size"
-    more = [] if drawing else [f"{k}={v!r}" for k, v in dict(checkpointing="step", vae_slicing=1).items() if hasattr(cfg, k) and getattr(cfg, k) != v]
+    more = [] if drawing else [f"{k}={v!r}" for k, v in dict(checkpointing="step", vae_slicing=1).items() if hasattr(cfg, k) and not (k == "checkpointing" and cfg.strategy == "draft_lv") and getattr(cfg, k) != v]
     text = f"out of memory: lower {lower} (now {getattr(cfg, lower)})" + (f", or set {' and '.join(more)}" if more else "")
     try:
         method = "alignprop" if cfg.method == "alignprop" else "ddpo"
-        phases = memory.plan(pipe, method, cfg).phases.sum()
-        planned = phases[[p for p in ("sample", "decode") if p in phases] if drawing else list(phases.index)].max() / 1e9
+        phases = memory.plan(pipe, method, cfg, **_planned(cfg)).phases.sum()
+        planned = phases[[p for p in ("sample", "decode", "evaluate") if p in phases] if drawing else list(phases.index)].max() / 1e9
         budget = 0.9 * min(planned, torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else planned)  # what failed needs more than its plan, or more than the device has
-        chosen = memory.fit(pipe, method, cfg, budget)
+        chosen = memory.fit(pipe, method, cfg, budget, **_planned(cfg))
         return f"{text}; memory.fit for {budget:.3g} GB would choose " + ", ".join(f"{k}={getattr(chosen, k)!r}" for k in AT_A_TIME if hasattr(cfg, k)) + f", as train does with memory_budget_gb={budget:.3g}"
     except ValueError as e: return f"{text}; memory.fit: {e}"  # nothing fits, or a pipeline whose layout is not known
 
@@ -522,18 +542,20 @@ class Training:
         self.device, self.rank, self.world, self.main = accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
         if (cfg.samples_per_epoch // cfg.updates_per_epoch) % self.world:
             raise ValueError(f"updates_per_epoch: {cfg.samples_per_epoch // cfg.updates_per_epoch} pictures an update cannot be shared evenly by {self.world} processes")
-        config = dict(pipe=str(pipe) if isinstance(pipe, (str, Path)) else type(pipe).__name__, reward=self.reward.name, prompts=self.prompts.name, **asdict(cfg))
+        digest = lambda p: p.texts and hashlib.sha256("\n".join(p.texts).encode()).hexdigest()[:16]
+        texts = dict(prompts_sha256=digest(self.prompts), eval_prompts_sha256=digest(self.eval_prompts))  # lists and files may change under one name
+        config = dict(pipe=str(pipe) if isinstance(pipe, (str, Path)) else type(pipe).__name__, reward=self.reward.name, prompts=self.prompts.name, **texts, **asdict(cfg))
         if resume_from := not isinstance(resume, bool): out, resume = resume, True
         self.folder = folder = RunFolder(out) if out is not None else None
         if resume and not folder: raise ValueError("resume: give a run folder, as resume=folder or as out=folder with resume=True")
         going_on = resume and folder.config_file.exists()
         if resume_from and not going_on: raise FileNotFoundError(f"resume: {out} holds no run (it has no config.json)")
         saved = json.loads(folder.config_file.read_text())["config"] if going_on else {}
-        if going_on: folder.check_config({k: saved.get(k, v) if k in AT_A_TIME and cfg.memory_budget_gb else v for k, v in config.items()}, defaults={f.name: f.default for f in fields(cfg)})
+        if going_on: folder.check_config({k: saved.get(k, v) if k in AT_A_TIME and cfg.memory_budget_gb else v for k, v in config.items()}, defaults={**texts, **{f.name: f.default for f in fields(cfg)}})
         self.pipe = pipe = load(pipe, device=self.device)
         if cfg.memory_budget_gb:
             if saved.get("memory_budget_gb") == cfg.memory_budget_gb: cfg = replace(cfg, **{k: saved[k] for k in AT_A_TIME if hasattr(cfg, k)})  # going on exactly as before
-            else: cfg = fit_memory(pipe, cfg, self.world)
+            else: cfg = fit_memory(pipe, cfg, self.world, accelerator.gather(torch.tensor([_budget_gb(pipe, cfg)], dtype=torch.float64, device=self.device)).min().item())  # all choose alike
             self.cfg, chosen = cfg, {k: getattr(cfg, k) for k in AT_A_TIME if hasattr(cfg, k)}
             config |= chosen
             if self.main: print(f"memory_budget_gb={cfg.memory_budget_gb!r}: " + ", ".join(f"{k}={v!r}" for k, v in chosen.items()))
@@ -547,11 +569,13 @@ class Training:
         for part in (pipe.vae, pipe.text_encoder): cast(part, self.dtype)
         if cfg.trainable == "lora":
             cast(pipe.unet, self.dtype)
+            if getattr(pipe.unet, "peft_config", None): warnings.warn("pipe: the adapter that this pipeline has is replaced by a fresh one; to train on top of it, merge it into the weights first (pipe.fuse_lora(), then pipe.unload_lora_weights())")
             self.params = add_lora(pipe.unet, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-        else: self.params = list(pipe.unet.requires_grad_(True).parameters())
+        else: self.params = list(cast(pipe.unet, torch.float32).requires_grad_(True).parameters())  # half-precision weights would round most updates away
+        for part in (pipe.unet, pipe.vae): fast_layers(part)
         self.unet, self.optimizer = accelerator.prepare(pipe.unet, _optimizer(self.params, cfg))
         self.policy = accelerator.unwrap_model(self.unet)  # draws samples: no process waits for another there
-        for part in (self.policy, pipe.vae): fast_layers(part)
+        if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
         self.unet.eval()
         self.negative_embeds = encode(pipe, [""]) if cfg.guidance_scale != 1 else None
         self._known_embeds = {}
@@ -637,7 +661,7 @@ class Training:
         return self.bar
 
     def stop_if_failed(self, error, epoch, save=False):
-        "A reward that fails on one process stops all of them; finished epochs are saved first."
+        "A reward that fails on one process stops all of them; with `save`, the finished epochs are saved first."
         if self.accelerator.reduce(torch.tensor(float(error is not None), device=self.device)) > 0:
             if save and self.folder and self.main: self.folder.save_checkpoint(epoch - 1, self._write_checkpoint, self.cfg.keep_checkpoints)
             self.accelerator.wait_for_everyone()
@@ -676,7 +700,7 @@ class Training:
     ) -> bool:  # a callback or the judge of early stopping asked to stop, on any process
         "Evaluate when it is due, append a row to the history, write a checkpoint."
         cfg, folder, last = self.cfg, self.folder, epoch + 1 == self.cfg.num_epochs
-        row |= dict(lr=cfg.learning_rate, peak_mem_bytes=_peak_memory())
+        row |= dict(lr=cfg.learning_rate, peak_mem_bytes=_peak_memory(self.device))
         if cfg.eval_every:
             due = (epoch + 1) % cfg.eval_every == 0 or last
             row |= self.evaluate(f"epoch_{epoch:04d}", epoch) if due else dict.fromkeys(self.run.eval_base, math.nan)
@@ -694,8 +718,7 @@ class Training:
 
     def finish(self) -> Run:
         "A plain pipeline again, and the adapter on disk."
-        self.accelerator.unwrap_model(self.unet, keep_fp32_wrapper=False)
-        for part in (self.policy, self.pipe.vae): fast_layers(part, False)
+        _release(self.pipe)
         if self.folder and self.main and self.cfg.trainable == "lora": save_lora(self.policy, self.folder.path / "lora")
         elif self.folder and self.main: self.policy.save_pretrained(self.folder.path / "unet")
         return self.run

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'rwr_weights', 'sparse_weights', 'denoising_loss', 'RWRConfig', 'preset', 'update_groups',
            'regression_draws', 'train']
 
-# %% ../nbs/07_rwr.ipynb #fcf63b2e
+# %% ../nbs/07_rwr.ipynb #c8637974
 import math, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from .mdp import generator_for
 from .pipelines import predict
-from .runs import Run, TrainConfig, Training, explain_out_of_memory
+from .runs import Run, TrainConfig, Training, on_failure
 
 # %% ../nbs/07_rwr.ipynb #08adc157
 def _checked(rewards, prompts):
@@ -145,10 +145,10 @@ def regression_draws(
     streams = [generator_for(seed, f"rwr noise {inner}", epoch, i) for i in indices]
     return torch.stack([torch.randint(num_train_timesteps, (), generator=g) for g in streams]), torch.stack([torch.randn(shape, generator=g) for g in streams])
 
-# %% ../nbs/07_rwr.ipynb #e48fc1a7
-@explain_out_of_memory
+# %% ../nbs/07_rwr.ipynb #05e558c0
+@on_failure
 def train(
-    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline; see `pipelines.load`
+    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
     prompts="simple_animals",  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
     cfg:RWRConfig|None=None,  # None: the defaults
@@ -175,7 +175,7 @@ def train(
         # weigh: all processes know all rewards, and share the pictures that have a weight
         groups_of = texts if cfg.per_prompt else None
         weights = rwr_weights(rewards, cfg.beta, groups_of) if cfg.weights == "softmax" else sparse_weights(rewards, cfg.share, groups_of)
-        kept = weights.nonzero().flatten().tolist()
+        kept = list(range(len(weights))) if cfg.weights == "softmax" else weights.nonzero().flatten().tolist()
         place = {i: k for k, i in enumerate(kept)}
         mine = [(k, place[i]) for k, i in enumerate(indices) if i in place]
         x0 = torch.zeros(len(kept), *shape, device=device)

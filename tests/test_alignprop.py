@@ -4,7 +4,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.testing import assert_close
-from alignkit.alignprop import STRATEGIES, AlignPropConfig, preset, train
+from alignkit import runs
+from alignkit.alignprop import STRATEGIES, AlignPropConfig, preset, renoised_last_step, train
+from alignkit.pipelines import load
 from alignkit.rewards import Reward, RewardError
 from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
 
@@ -144,7 +146,42 @@ def test_a_reward_that_is_not_finite_leaves_the_update_out(pipe_folder):
     run = {}
     seen = updates_of(lambda: run.update(run=go(pipe_folder, reward=failing_at(2, float("nan")), **same)))
     assert len(good) == 2 and len(seen) == 1 and torch.equal(seen[0], good[0])
-    assert run["run"].history.skipped.tolist() == [1] and torch.isfinite(seen).all()
+    history = run["run"].history
+    assert history.skipped.tolist() == [1] and torch.isfinite(seen).all()
+    assert abs(history.loss[0] + history.reward_mean[0]) < 1e-5 and history.reward_std[0] > 0  # of the pictures that have a reward
+
+
+def test_loss_scaling_does_not_step_where_a_reward_failed(pipe_folder):
+    "fp16's branch, with the scaler that a CPU has: an update with a NaN in one of its micro-batches is left out, the others are those of float32."
+    original = runs._accelerator
+    def scaling(precision):
+        accelerator = original(precision)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.)
+        return accelerator
+    same = dict(num_epochs=1, eval_every=0, micro_batch_size=2, adam_weight_decay=0., updates_per_epoch=2, num_inference_steps=2)
+    good = updates_of(lambda: go(pipe_folder, **same))
+    with patch("alignkit.runs._accelerator", scaling):
+        scaled = updates_of(lambda: go(pipe_folder, **same))
+        run = {}
+        seen = updates_of(lambda: run.update(run=go(pipe_folder, reward=failing_at(3, float("nan")), **same)))  # of four micro-batches, two an update
+    assert len(seen) == 1 and run["run"].history.skipped.tolist() == [1]
+    assert (good[1] - good[0]).abs().max() > 1e-3 and len(scaled) == 2
+    assert torch.equal(seen[0], scaled[0])
+
+
+def test_noise_of_draft_lv_survives_half_precision(pipe_folder):
+    "The last step's noise is 4 % of the signal: in bf16 its factor must not be rounded to 0, or all copies are one."
+    pipe = load(pipe_folder)
+    pipe.scheduler.set_timesteps(4)
+    seen, latents, noise = [], torch.randn(2, 4, 8, 8), torch.randn(2, 4, 4, 8, 8)
+    def unet(x, *args, **kwargs):
+        seen.append(x)
+        return (x,)
+    renoised_last_step(unet, pipe.scheduler, latents.bfloat16(), torch.zeros(2, 3, 4), noise.bfloat16())
+    renoised_last_step(unet, pipe.scheduler, latents, torch.zeros(2, 3, 4), noise)
+    assert seen[0].dtype == torch.bfloat16 and seen[1].dtype == torch.float32
+    assert_close(seen[0].float() - latents.repeat(3, 1, 1, 1), seen[1] - latents.repeat(3, 1, 1, 1), rtol=0, atol=0.03)
+    assert (seen[0][:2] - seen[0][2:4]).float().abs().mean() > 0.01
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_update_out(pipe_folder):
@@ -187,6 +224,7 @@ def test_loss_forms_and_presets(pipe_folder):
     one, hundredth, target = (go(pipe_folder, num_epochs=1, eval_every=0, strategy="last", max_grad_norm=1e9, **c).history for c in (dict(), dict(loss_coeff=0.01), dict(reward_target=10.)))
     assert_close(hundredth.grad_norm[0] * 100, one.grad_norm[0], rtol=0.05, atol=0)  # Adam's first step is the same, its second nearly
     assert_close(target.loss[0] - one.loss[0], 10., rtol=1e-4, atol=0)
+    assert_close(target.grad_norm[0], one.grad_norm[0], rtol=1e-4, atol=0)
     assert preset("alignprop-paper").samples_per_epoch == 256 and preset("trl").strategy == "per_step"
 
 

@@ -1,6 +1,7 @@
 "The numerics contract end to end, on a pipeline with random weights: same inputs, same bits, whatever the batch, the process count or the accident."
 import os, re, shutil, signal, socket, subprocess, sys, threading
 from pathlib import Path
+from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
@@ -80,6 +81,18 @@ def test_half_precision_recomputes_old_log_probs(pipe_folder, monkeypatch):
         assert all(p.dtype == torch.float32 for p in run.pipe.unet.parameters() if p.requires_grad)
     assert counts["no"] == [counts["no"][0], 0]
     assert counts["bf16"] == [counts["no"][0]] * 2
+
+
+def test_recomputed_log_probs_cover_every_pass(pipe_folder, monkeypatch):
+    "With a share of the steps each pass trains on others: in half precision the old log-probs of all of them come from the training path."
+    pairs = {True: set(), False: set()}
+    original = ddpo.pair_log_prob
+    def recording(unet, scheduler, trajectory, row, step, *args):
+        pairs[torch.is_grad_enabled()] |= set(zip(row.tolist(), step.tolist()))
+        return original(unet, scheduler, trajectory, row, step, *args)
+    monkeypatch.setattr(ddpo, "pair_log_prob", recording)
+    go(pipe_folder, mixed_precision="bf16", num_inner_epochs=3, timestep_fraction=0.5, num_epochs=1, eval_every=0)
+    assert len(pairs[True]) > 8 * 2 and pairs[False] == pairs[True]  # more than one pass has
 
 
 # the update ------------------------------------------------------------------------------------------------------------------------------------------
@@ -282,6 +295,40 @@ def test_a_reward_that_fails_between_checkpoints(pipe_folder, tmp_path):
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0001"]
 
 
+def test_a_failed_run_leaves_its_pipeline_plain(pipe_folder):
+    "The same pipeline, loaded once: after a run that failed in bf16 the next one in float32 is that of a fresh pipeline."
+    def away(images, prompts): raise ConnectionError("away")
+    pipe = load(pipe_folder, dtype=torch.bfloat16)
+    with pytest.raises(RewardError): go(pipe, reward=away, mixed_precision="bf16", eval_every=0)
+    assert not any("forward" in m.__dict__ or hasattr(m, "_original_forward") for part in (pipe.unet, pipe.vae) for m in part.modules())
+    seen = []
+    pipe.unet.conv_in.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with pytest.warns(UserWarning, match="is replaced by a fresh one"): go(pipe, num_epochs=1, eval_every=0)
+    assert set(seen) == {torch.float32}
+
+
+def test_half_precision_weights_are_trained_in_float32(pipe_folder):
+    "trainable='full' of a pipeline that was loaded in bf16: small updates are not rounded away."
+    before = {n: p.float() for n, p in load(pipe_folder, dtype=torch.bfloat16).unet.named_parameters()}
+    run = go(load(pipe_folder, dtype=torch.bfloat16), trainable="full", mixed_precision="bf16", learning_rate=1e-5, num_epochs=1, eval_every=0)
+    assert all(p.dtype == torch.float32 for p in run.pipe.unet.parameters())
+    moved = sum((p.detach() != before[n]).sum().item() for n, p in run.pipe.unet.named_parameters())
+    assert moved > 0.9 * sum(p.numel() for p in before.values())
+
+
+def test_a_reward_may_be_any_module_and_is_asked_in_its_own_precision(pipe_folder):
+    "One whose weights want gradients, in bf16: in training and in evaluations it sees float32 pictures outside autocast, and its answers carry no graph."
+    torch.manual_seed(0)
+    net, seen = torch.nn.Conv2d(3, 1, 3), []
+    def reward(images, prompts):
+        r = net(images).mean((1, 2, 3))
+        seen.append((torch.is_autocast_enabled("cpu"), images.dtype, r.dtype, r.requires_grad))
+        return r
+    run = go(pipe_folder, reward=reward, mixed_precision="bf16", num_epochs=2)
+    assert set(seen) == {(False, torch.float32, torch.float32, False)} and len(seen) == 2 * 2 + 2  # two batches an epoch, two evaluations
+    assert np.isfinite(run.history.reward_mean).all() and np.isfinite(run.history.eval_reward_mean.iloc[-1])
+
+
 def test_full_fine_tuning_runs_and_resumes(pipe_folder, tmp_path):
     "trainable='full': every weight of the UNet moves, and a resumed run equals the unbroken one bit for bit."
     full = dict(trainable="full", learning_rate=1e-4)
@@ -420,6 +467,7 @@ def occupied(path):
     (lambda p: dict(cfg=small(eval_prompts="held_out")), ValueError, ["'held_out'", "heldout_animals"]),
     (lambda p: dict(cfg=small(method="ppo")), ValueError, ["'ppo'", "ddpo_is", "ddpo_sf"]),
     (lambda p: dict(cfg=small(eta=0.)), ValueError, ["eta", "density"]),
+    (lambda p: dict(cfg=small(eval_every=0, eval_rewards=("clip_named",))), ValueError, ["eval_rewards", "eval_every=0"]),
     (lambda p: dict(cfg=small(updates_per_epoch=3)), ValueError, ["updates_per_epoch", "samples_per_epoch=8"]),
     (lambda p: dict(cfg=small(micro_batch_size=0)), ValueError, ["micro_batch_size", "0"]),
     (lambda p: dict(cfg=small(sample_batch_size=-1)), ValueError, ["sample_batch_size", "-1"]),
@@ -430,7 +478,7 @@ def occupied(path):
     (lambda p: dict(resume=True, out=None), ValueError, ["resume", "run folder"]),
     (lambda p: dict(out=occupied(p / "file")), OSError, ["out", "file"]),
 ], ids=["pipe name", "pipe folder", "pipe type", "reward name", "reward dict", "prompt set", "prompt file missing", "prompt file blank", "prompt list blank", "prompt list empty",
-        "eval prompts", "method", "eta 0", "updates do not divide", "micro batch 0", "sample batch -1", "zero timesteps", "timestep fraction 0", "reinforce twice", "fp16 on cpu",
+        "eval prompts", "method", "eta 0", "judge of no evaluation", "updates do not divide", "micro batch 0", "sample batch -1", "zero timesteps", "timestep fraction 0", "reinforce twice", "fp16 on cpu",
         "resume nothing", "unwritable out"])
 def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch, case, error, words):
     "A wrong argument is named, with the values there are, before a picture is drawn; the run folder is not touched, so that the corrected call can use it."
@@ -441,6 +489,14 @@ def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch
     with pytest.raises(error) as caught: ddpo.train(**arguments)
     for word in words: assert word in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_without_a_density_is_refused(pipe_folder):
+    "set_alpha_to_one=True makes the last step deterministic; on a GPU nothing else would notice."
+    from diffusers import DDIMScheduler
+    pipe = load(pipe_folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+    with patch("alignkit.runs.rollout", side_effect=AssertionError("work was done")), pytest.raises(ValueError, match="set_alpha_to_one=True"): go(pipe, eval_every=0)
 
 
 def test_unknown_preset_lists_the_presets():
@@ -456,5 +512,6 @@ def test_resume_refuses_another_config(pipe_folder, unbroken, tmp_path):
     before = files()
     with pytest.raises(ValueError, match=r"clip_range was 0.002, now 0.5; seed was 0, now 1"): go(pipe_folder, tmp_path / "run", resume=True, seed=1, clip_range=0.5)
     with pytest.raises(ValueError, match="reward was 'brightness', now 'other'"): go(pipe_folder, tmp_path / "run", reward=Reward(brightness, "other"), resume=True)
+    with pytest.raises(ValueError, match="prompts_sha256 was"): ddpo.train(pipe_folder, Reward(brightness, "brightness"), ["a cat", "a cow"], small(), tmp_path / "run", resume=True)  # another list of two
     with pytest.raises(FileExistsError, match="resume=True"): go(pipe_folder, tmp_path / "run")
     assert files() == before
