@@ -23,7 +23,7 @@ from .rewards import get_reward, score
 from .clip_rewards import ClipJudge, crop_pixels, read_clip
 from .runs import Run, drift, image_grid
 
-# %% ../nbs/11_evaluate.ipynb #6384809b
+# %% ../nbs/11_evaluate.ipynb #18ea3529
 def leave_one_out(
     values:Tensor,  # (n,) one a picture
 ) -> tuple[float, Tensor]:  # their mean, and (n,) the means without each
@@ -58,7 +58,7 @@ def share_interval(
     "Wilson's interval (1927): all shares p from which hits / n is no further than z standard errors, sqrt(p (1 - p) / n) each."
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre, half = hits + z**2 / 2, z * math.sqrt(hits * (n - hits) / n + z**2 / 4)
-    return (centre - half) / (n + z**2), (centre + half) / (n + z**2)
+    return max(0., (centre - half) / (n + z**2)), min(1., (centre + half) / (n + z**2))
 
 # %% ../nbs/11_evaluate.ipynb #3a586b3c
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name

@@ -1,15 +1,16 @@
 "A plan against the real `train` functions: what the allocator saw is within a tenth of what was planned; and what chapter 9 repeats of chapter 10 agrees with it."
-import math
+import math, time
 from dataclasses import fields, replace
 import pytest
 import torch
-from alignkit import alignprop, ddpo, memory
+from alignkit import alignprop, ddpo, memory, rwr
 from alignkit.alignprop import AlignPropConfig, kept_steps
 from alignkit.ddpo import DDPOConfig
 from alignkit.memory import ALIGNPROP, fit, measured_peak, plan
 from alignkit.mdp import generator_for
 from alignkit.pipelines import fast_layers, load
 from alignkit.rewards import Reward
+from alignkit.rwr import RWRConfig
 from conftest import brightness
 
 red = Reward(brightness, "brightness", differentiable=True)
@@ -37,7 +38,6 @@ def compare(train, method, cfg, reward):
     dict(strategy="last", checkpointing="step", vae_slicing=1),
     dict(strategy="draft_lv", renoise=3),
     dict(strategy="full", trainable="full", mixed_precision="bf16", guidance_scale=1.),
-    dict(strategy="last", samples_per_epoch=64, updates_per_epoch=16, num_inference_steps=1, micro_batch_size=1, guidance_scale=1.),  # an epoch's pictures
     dict(strategy="last", samples_per_epoch=2, updates_per_epoch=1, num_inference_steps=1, eval_every=1, eval_samples=24),  # an evaluation draws more at a time than is trained on
 ], ids=str)
 def test_alignprop(how):
@@ -54,6 +54,27 @@ def test_alignprop(how):
 def test_ddpo(how):
     cfg = DDPOConfig(**{**dict(num_epochs=1, samples_per_epoch=16, updates_per_epoch=2, num_inference_steps=4, guidance_scale=3., sample_batch_size=16), **how})
     compare(ddpo.train, "ddpo", cfg, red)
+
+
+def test_pictures_wait_for_a_slow_reward():
+    "While a reward is slower than the drawing, all pictures of an epoch are there; afterwards the first 16."
+    def slow(images, prompts):
+        time.sleep(0.5)
+        return brightness(images, prompts)
+    cfg = DDPOConfig(num_epochs=1, samples_per_epoch=64, updates_per_epoch=1, num_inference_steps=2, timestep_fraction=0.5, sample_batch_size=8, micro_batch_size=1)
+    compare(ddpo.train, "ddpo", cfg, slow)
+    phases = plan("tiny", "ddpo", cfg).phases.drop(LOADED)
+    picture, data = 3 * 64 * 64 * 4, phases.loc["latents, noise, pictures"]
+    assert phases.sum().idxmax() in ("sample", "decode") and data["sample"] - data["backward"] > 30 * picture and data["backward"] == 64 * 3 * 4096 + 16 * picture
+
+
+def test_rwr_needs_no_more_than_its_plan():
+    "Planned as a DDPO that trains on one step of each trajectory."
+    cfg = RWRConfig(num_epochs=1, samples_per_epoch=16, updates_per_epoch=2, num_inner_epochs=1, num_inference_steps=4, sample_batch_size=4, micro_batch_size=8)
+    pipe = load("tiny")
+    for part in (pipe.unet, pipe.vae): fast_layers(part)
+    predicted = plan(pipe, "ddpo", cfg, timestep_fraction=1 / 4).phases.drop(LOADED).sum().max()
+    assert 0.85 < measured_peak(lambda: rwr.train(pipe, red, "simple_animals", cfg)) / predicted < 1.05
 
 
 def test_names_and_defaults_agree_with_alignprop():
