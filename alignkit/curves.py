@@ -71,7 +71,7 @@ def label(
     if "strategy" not in config: return config["method"]
     return f"alignprop_k{config['truncation_k']}" if config["strategy"] == "last" else f"alignprop_{config['strategy']}"
 
-# %% ../nbs/12_curves.ipynb #9df5b42c
+# %% ../nbs/12_curves.ipynb #4cef3217
 def kept_epoch(
     run:Run,
     drop:float=0.15,  # how far the judge may fall below its best so far, in its own unit: share of pictures
@@ -80,7 +80,9 @@ def kept_epoch(
     "The epoch with the best held-out reward while the judge still recognises the pictures: `runs.watch`, which stops nothing here, so that the curves show what comes after."
     return watch(run.eval_base, run.rows, judge, drop, patience=len(run.rows) + 2)[1]
 
-def _judges(config): return tuple(dict.fromkeys((*config["eval_rewards"], *JUDGES)))
+def _judges(config):
+    "Those of the run, and how different all pictures are."
+    return tuple(dict.fromkeys((*config["eval_rewards"], *(["clip_diversity_all"] if config["eval_samples"] > 1 else []))))
 
 def final_evaluation(
     run:Run,  # with its folder; to compute, a LoRA run whose checkpoints are kept

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 from alignkit import runs
-from alignkit.alignprop import STRATEGIES, AlignPropConfig, preset, renoised_last_step, train
+from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, preset, renoised_last_step, train
 from alignkit.pipelines import load
 from alignkit.rewards import Reward, RewardError
 from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
@@ -117,7 +117,8 @@ def test_kill_and_resume(pipe_folder, unbroken_run, tmp_path, epoch):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains(pipe_folder, strategy):
     "Each moves the weights, keeps the steps it says, and the reward of the last evaluation is a number."
-    run = go(pipe_folder, strategy=strategy, truncation_k=2, guidance_scale=3., guidance_grad="text", num_epochs=2)
+    with patch("alignkit.alignprop.backprop_rollout", side_effect=backprop_rollout) as drawn: run = go(pipe_folder, strategy=strategy, truncation_k=2, guidance_scale=3., guidance_grad="text", num_epochs=2)
+    assert {(call.kwargs["one_step"], bool(call.args[4].any())) for call in drawn.call_args_list} == {(strategy == "refl", strategy != "draft_lv")}  # ReFL ends at its step; DRaFT-LV's own step comes after
     expected = dict(full={4}, last={2}, draft_lv={1}, refl={1}).get(strategy)
     if expected: assert set(run.history.kept_steps) == expected
     assert (run.history.grad_norm > 0).all() and run.history.skipped.max() == 0 and run.history.eval_reward_mean.notna().iloc[-1]
