@@ -514,15 +514,15 @@ def plan(
     table = pd.DataFrame({name: {**base, **parts} for name, parts in phases.items()}).reindex(PARTS).fillna(0).astype("int64")
     return MemoryPlan(table, dict(method=method, resolution=hw, device=device, attention=attention, mixed_precision=c.mixed_precision, trainable=c.trainable, **chosen), per_call)
 
-# %% ../nbs/09_memory.ipynb #48eae7a5
+# %% ../nbs/09_memory.ipynb #93a115b5
 def _cost(c, method, side, micro):
-    "Relative time of an update. A call costs as much as its rows and some more for being a call; a backward twice a forward; a recomputed step one more forward."
+    "Relative time of an update. A call costs as much as its rows and some more for being a call; a backward two forwards, or one where the weights are frozen; a recomputed step one more forward."
     rows = 2 if c.guidance_scale != 1 else 1
     call = 1 + 7 / (rows * micro * (side / 16)**2)  # 7 rows of 16 x 16 latents: the embedded pipeline on one CPU thread
     if method == "ddpo": return call
     S, K = c.num_inference_steps, _most_kept(c)
     recomputed = 0 if c.checkpointing == "none" else K - min(c.stored_steps, K)
-    return call * (S + 2 * K + recomputed)
+    return call * (S + (1 if c.trainable == "lora" else 2) * K + recomputed)
 
 def fit(
     pipe_or_config,  # as in `plan`
@@ -553,7 +553,7 @@ def fit(
         best = next(dict(draws, micro_batch_size=n) for n in halves(pairs) if fits(**draws, micro_batch_size=n))
     else:
         K, options = _most_kept(c), []
-        cost = lambda o: _cost(SimpleNamespace(**{**vars(c), **o}), method, side, o["micro_batch_size"]) * {0: 1, 4: 1.03, 1: 1.06}[o["vae_slicing"]]
+        cost = lambda o: _cost(SimpleNamespace(**{**vars(c), **o}), method, side, o["micro_batch_size"]) * {0: 1, 4: 1.03, 1: 1.06}[o["vae_slicing"]]  # the decoder's second forward: a guess, which settles ties
         for micro in halves(c.batch_size):
             for slicing in (n for n in (0, 4, 1) if n < micro):
                 o = dict(draws, micro_batch_size=micro, vae_slicing=slicing, checkpointing="none", stored_steps=0)
