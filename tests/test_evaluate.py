@@ -384,4 +384,5 @@ def test_recorded_runs_still_read():
     for name in ("tiny_aesthetic", "jpeg_compressibility"):
         for run in recorded(name):
             assert "early_stop" not in run.config or run.config["early_stop"] == ""
-            assert run.best_epoch >= 0 and watch(run.eval_base, run.rows, "clip_named", 0.1)[1] >= -1
+            control = run.config["method"] == "rwr" and run.config.get("share") == 1  # it never looks at the reward, so that nothing may be better than the base model
+            assert run.best_epoch >= (-1 if control else 0) and watch(run.eval_base, run.rows, "clip_named", 0.1)[1] >= -1
