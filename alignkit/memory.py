@@ -514,11 +514,11 @@ def plan(
     table = pd.DataFrame({name: {**base, **parts} for name, parts in phases.items()}).reindex(PARTS).fillna(0).astype("int64")
     return MemoryPlan(table, dict(method=method, resolution=hw, device=device, attention=attention, mixed_precision=c.mixed_precision, trainable=c.trainable, **chosen), per_call)
 
-# %% ../nbs/09_memory.ipynb #93a115b5
+# %% ../nbs/09_memory.ipynb #dc263ec1
 def _cost(c, method, side, micro):
     "Relative time of an update. A call costs as much as its rows and some more for being a call; a backward two forwards, or one where the weights are frozen; a recomputed step one more forward."
     rows = 2 if c.guidance_scale != 1 else 1
-    call = 1 + 7 / (rows * micro * (side / 16)**2)  # 7 rows of 16 x 16 latents: the embedded pipeline on one CPU thread
+    call = 1 + 7 / (rows * micro * (side / 16)**2)  # 7 rows of 16 x 16 latents: a UNet of 1.5 M weights on one CPU thread
     if method == "ddpo": return call
     S, K = c.num_inference_steps, _most_kept(c)
     recomputed = 0 if c.checkpointing == "none" else K - min(c.stored_steps, K)

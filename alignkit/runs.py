@@ -6,7 +6,7 @@
 __all__ = ['AT_A_TIME', 'SHOWN', 'environment', 'write_atomic', 'RunFolder', 'image_grid', 'evaluate_fixed', 'drift', 'watch',
            'Run', 'read_run', 'recorded', 'evaluations', 'TrainConfig', 'fit_memory', 'on_failure', 'Training']
 
-# %% ../nbs/06_runs.ipynb #d35f22b0
+# %% ../nbs/06_runs.ipynb #83975b7e
 import csv, hashlib, io, json, math, os, platform, resource, shutil, subprocess, sys, time, traceback, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .pipelines import ATTENTION, adapter_off, add_lora, cast, data_dir, decode, encode, fast_layers, load, load_lora, predict, save_lora
 from .mdp import ddim_mean_std, draw, rollout, sample_noise
 from .prompts import get_prompts
-from .rewards import RewardError, Scorer, get_reward, score, to_uint8, with_gradient
+from .rewards import RewardError, Scorer, get_reward, score, to_uint8, with_gradient, with_unit
 
 # %% ../nbs/06_runs.ipynb #d487f40c
 def environment() -> dict:  # versions, hardware, commit, time
@@ -271,7 +271,7 @@ def watch(
         if outside >= patience: return int(row["epoch"]), best_epoch
     return None, best_epoch
 
-# %% ../nbs/06_runs.ipynb #4f3d0f39
+# %% ../nbs/06_runs.ipynb #de87f20e
 class Run:
     "What `train` returns: history, pipeline and folder of one run."
     def __init__(self,
@@ -318,7 +318,7 @@ class Run:
             held_out = pd.DataFrame([{x: base, **self.eval_base}, *e.to_dict("records")])
             ax.errorbar(held_out[x], held_out.eval_reward_mean, held_out.eval_reward_sem, fmt="o-", ms=3, capsize=2, color=line.get_color(),
                         label=f"{label or self.config['method']}: held-out prompts")
-        ax.set(xlabel=labels[x], ylabel=self.config["reward"])
+        ax.set(xlabel=labels[x], ylabel=with_unit(self.config["reward"]))
         ax.legend(frameon=False, fontsize=8)
         return ax
 

@@ -81,7 +81,7 @@ def denoising_loss(
     loss = (output - target).square().flatten(1).mean(1)
     return loss if weights is None else weights.detach().float() * loss
 
-# %% ../nbs/07_rwr.ipynb #0a8f5ec9
+# %% ../nbs/07_rwr.ipynb #8e3eaf5c
 @dataclass
 class RWRConfig(TrainConfig):
     "Every setting of a run, beside those that all methods share. Defaults are for the embedded pipeline; `preset` has the paper's own."
@@ -104,8 +104,8 @@ class RWRConfig(TrainConfig):
         self.need(0 < self.share <= 1, "share", "the best share to keep, in (0, 1]")
         return self
 
-# jannerm/ddpo config/base.py: SD 1.4, all weights, guidance 5 in sampling and inside the loss, AdamW, 51,200 pictures a round in batches of 128 (4 a device, on 32
-# devices): 400 updates a round. pipeline/run-sparse.sh: 10 rounds
+# jannerm/ddpo config/base.py: SD 1.4, all weights, guidance 5 in sampling and inside the loss, AdamW, 51,200 pictures a round. Updates of 128 pictures are 4 on each of
+# 32 devices ("a_animals_rwr", "compressed_animals"), 400 a round; "compressed_animals_rwr" has 1 a device and the comment "same number of gradient steps". pipeline/run-sparse.sh: 10 rounds
 _PAPER = dict(trainable="full", mixed_precision="no", num_epochs=10, samples_per_epoch=10240, num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-5,
               adam_weight_decay=1e-4, max_grad_norm=1.)
 PRESETS = {

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 from alignkit import runs
-from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, preset, renoised_last_step, train
+from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, kept_steps, preset, renoised_last_step, train
+from alignkit.mdp import generator_for
 from alignkit.pipelines import load
 from alignkit.rewards import Reward, RewardError
 from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
@@ -39,6 +40,29 @@ def test_speed_and_memory_settings_leave_the_update_alone(pipe_folder, whole, ho
     "Invariant 5.6: how an update is cut, and what is stored or computed again, changes nothing but float error."
     seen = updates_of(lambda: go(pipe_folder, **{**SMOOTH, **how}))
     assert_close(seen, whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
+
+
+@pytest.mark.parametrize("strategy", ["per_step", "draft_lv", "refl"])
+def test_micro_batches_leave_the_update_alone_with_other_strategies(pipe_folder, strategy):
+    "Every draw belongs to its picture or its update, that of the kept steps and of DRaFT-LV's new noise too."
+    whole, cut = (updates_of(lambda: go(pipe_folder, **{**SMOOTH, "num_epochs": 1, "strategy": strategy, "micro_batch_size": n})) for n in (4, 3))
+    assert_close(cut, whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
+
+
+def test_copies_of_draft_lv_keep_their_prompts(pipe_folder):
+    "The copies of picture b stand at b and B + b, beside the prompt of picture b; a picture's reward is the mean of its copies."
+    seen, means = [], []
+    def spy(images, prompts):
+        seen.append((images.detach(), prompts))
+        return brightness(images, prompts)
+    run = go(pipe_folder, reward=Reward(spy, "spy", differentiable=True), strategy="draft_lv", renoise=2, num_epochs=1, eval_every=0)
+    for images, prompts in seen:
+        first, second = images.flatten(1).chunk(2)
+        assert torch.cdist(first, second).argmin(1).tolist() == list(range(len(first)))
+        assert prompts[:len(first)] == prompts[len(first):]
+        means.append(brightness(images, prompts).view(2, -1).mean(0))
+    assert any(len(set(prompts)) > 1 for _, prompts in seen)
+    assert_close(run.history.reward_std.iloc[0], torch.cat(means).std(correction=0).item(), rtol=1e-5, atol=1e-7)
 
 
 def least_budget(pipe_folder):
@@ -118,7 +142,9 @@ def test_kill_and_resume(pipe_folder, unbroken_run, tmp_path, epoch):
 def test_every_strategy_trains(pipe_folder, strategy):
     "Each moves the weights, keeps the steps it says, and the reward of the last evaluation is a number."
     with patch("alignkit.alignprop.backprop_rollout", side_effect=backprop_rollout) as drawn: run = go(pipe_folder, strategy=strategy, truncation_k=2, guidance_scale=3., guidance_grad="text", num_epochs=2)
-    assert {(call.kwargs["one_step"], bool(call.args[4].any())) for call in drawn.call_args_list} == {(strategy == "refl", strategy != "draft_lv")}  # ReFL ends at its step; DRaFT-LV's own step comes after
+    assert {call.kwargs["one_step"] for call in drawn.call_args_list} == {strategy == "refl"}  # which ends at its step
+    steps = [kept_steps(strategy, 4, generator_for(0, "kept", epoch, update), 2) & (strategy != "draft_lv") for epoch in range(2) for update in range(2) for _ in range(2)]  # two micro-batches an update; DRaFT-LV's own step comes after
+    assert torch.equal(torch.stack([call.args[4] for call in drawn.call_args_list]), torch.stack(steps))
     expected = dict(full={4}, last={2}, draft_lv={1}, refl={1}).get(strategy)
     if expected: assert set(run.history.kept_steps) == expected
     assert (run.history.grad_norm > 0).all() and run.history.skipped.max() == 0 and run.history.eval_reward_mean.notna().iloc[-1]
