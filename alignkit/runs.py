@@ -428,7 +428,7 @@ class TrainConfig:
             raise ValueError(f"updates_per_epoch: must divide samples_per_epoch={self.samples_per_epoch}, got {self.updates_per_epoch}")
         return self
 
-# %% ../nbs/06_runs.ipynb #5e11dbc3
+# %% ../nbs/06_runs.ipynb #8af0b49b
 def _optimizer(params, cfg):
     kind = torch.optim.AdamW
     if cfg.use_8bit_adam:
@@ -649,11 +649,14 @@ class Training:
         return nullcontext() if last else self.accelerator.no_sync(self.unet)
 
     def step(self) -> Tensor:  # norm of the gradient before it was cut
-        "Cut the gradient, take one optimiser step."
-        norm = self.accelerator.clip_grad_norm_(self.params, self.cfg.max_grad_norm)
+        "Cut the gradient, take one optimiser step; a gradient that is not finite stops the run before it reaches the weights (in fp16 the scaler leaves such a step out)."
+        cfg, norm = self.cfg, torch.as_tensor(self.accelerator.clip_grad_norm_(self.params, self.cfg.max_grad_norm)).detach()
+        if self.accelerator.scaler is None and not norm.isfinite():
+            raise RuntimeError(f"update {self.steps + 1}: the gradient is not finite; lower learning_rate={cfg.learning_rate}, or use another mixed_precision than {cfg.mixed_precision!r}"
+                               + (f"; {self.folder.path} resumes from its last checkpoint" if self.folder else ""))
         self.optimizer.step(); self.optimizer.zero_grad()
         self.steps += 1
-        return torch.as_tensor(norm).detach()
+        return norm
 
     def epochs(self):
         "The epochs still to be done, under a progress bar; none after an early stop."

@@ -1,5 +1,6 @@
 "Several runs side by side: a failure is named and does not stop the others."
 import pytest
+from alignkit import curves
 from alignkit.curves import reproduce
 from alignkit.runs import read_run
 
@@ -16,3 +17,14 @@ def test_a_failing_run_is_named_and_the_other_is_kept(tmp_path):
 def test_unknown_tasks_are_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="method: ddpo_is, ddpo_sf"): reproduce(tmp_path, [("tiny_aesthetic", "ppo", 0)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["ddpo_is", "rwr", "alignprop_uniform"])
+def test_short_runs_ask_as_often(tmp_path, monkeypatch, method):
+    "1024 queries, whatever the epochs of a method are."
+    class Seen(Exception): pass
+    def train(pipe, reward, prompts, cfg, **kw): raise Seen(cfg)
+    monkeypatch.setattr(getattr(curves, method.split("_")[0]), "train", train)
+    with pytest.raises(Seen) as seen: curves.run_one(tmp_path, "tiny_aesthetic", method, 0, short=True)
+    cfg = seen.value.args[0]
+    assert (cfg.num_epochs * cfg.samples_per_epoch, cfg.eval_samples) == (1024, 48)

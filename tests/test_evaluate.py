@@ -195,6 +195,7 @@ def test_shares_have_intervals_inside_0_and_1(pipe_folder):
     def tenth(images, prompts): return torch.arange(len(images)).remainder(2) / 10
     t = evaluate([], rewards=(nobody, half, tenth), pipe=pipe_folder, **FEW).set_index("measure")[["low", "high"]]
     for name, k in (("nobody", 0), ("half", 3)): assert_close(tuple(t.loc[name]), share_interval(k, 6))
+    assert_close(tuple(evaluate([], rewards=half, pipe=pipe_folder, confidence=0.5, **FEW).set_index("measure").loc["half", ["low", "high"]]), share_interval(3, 6, 0.5))
     assert_close(tuple(t.loc["drift"]), (0., 0.))
     assert_close(sum(t.loc["tenth"]) / 2, 0.05)
     assert (t.loc["tenth"].high - 0.05) < 0.06

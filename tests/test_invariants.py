@@ -284,6 +284,16 @@ def test_a_reward_that_fails(pipe_folder, unbroken, tmp_path, fault):
     assert_same_run(tmp_path / "run", unbroken)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(pipe_folder, unbroken, tmp_path):
+    "It is named before it reaches the weights, and the folder resumes to the unbroken run."
+    def spoil(run, row):
+        if row["epoch"] == 0: next(p for p in run.pipe.unet.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
+    with pytest.raises(RuntimeError, match=r"update \d+: the gradient is not finite; lower learning_rate=.* resumes from its last checkpoint"): go(pipe_folder, tmp_path / "run", callbacks=(spoil,))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0000"]
+    go(pipe_folder, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", unbroken)
+
+
 def test_a_reward_that_fails_between_checkpoints(pipe_folder, tmp_path):
     "After a failure the work of finished epochs is kept even where `save_every` would not have saved it yet."
     calls = []
