@@ -169,7 +169,7 @@ def affine_head(
     for W, bias in reversed(layers): w, b = w @ W, b + w @ (bias + torch.zeros(len(W), dtype=torch.float64))
     return w.float(), b.float()
 
-# %% ../nbs/05a_clip_rewards.ipynb #6e815581
+# %% ../nbs/05a_clip_rewards.ipynb #c9d2be73
 HEAD_FILES = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.safetensors")
 
 def find_file(
@@ -225,7 +225,7 @@ def aesthetic(
     def fn(images, prompts=None):
         u = judge.images(images)
         if not affine:
-            w, b = affine_head(read_weights(fetch_file(head, HEAD_FILES[:2], "head")))
+            w, b = affine_head(read_weights(fetch_file(head, HEAD_FILES, "head")))
             if len(w) != u.shape[1]: raise ValueError(f"head: {head} takes embeddings of width {len(w)}, but the CLIP {clip} gives {u.shape[1]}")
             affine.extend((w, b))
         w, b = affine

@@ -85,7 +85,7 @@ class PromptStats:
         self.__init__(state["buffer_size"], state["min_count"])
         for p, rewards in state["buffers"].items(): self.buffers[p].extend(rewards)
 
-# %% ../nbs/08_ddpo.ipynb #368d0171
+# %% ../nbs/08_ddpo.ipynb #4955bd10
 @dataclass
 class DDPOConfig(TrainConfig):
     "Every setting of a run, beside those that all methods share. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
@@ -100,7 +100,7 @@ class DDPOConfig(TrainConfig):
     learning_rate:float = 3e-3  # ddpo-pytorch: 3e-4 for LoRA; the paper: 1e-5 for all weights
     recompute_log_probs:bool|None = None  # old log-probs from the training path: True, False, or None: only in half precision, and where a GPU's convolutions use TF32
     per_prompt_stats:bool = True  # advantages per prompt; False: over the epoch's batch
-    stats_buffer_size:int = 8  # about six epochs of a prompt, as 16 (ddpo-pytorch) and 32 (JAX) are with their 256 pictures an epoch
+    stats_buffer_size:int = 8  # about six epochs of a prompt with 45 prompts, as 32 is with 256 pictures an epoch (JAX)
     stats_min_count:int = 4  # ddpo-pytorch: 16; with 45 prompts and 64 pictures an epoch that would take 12 epochs
 
     def check(self):

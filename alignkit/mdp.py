@@ -63,10 +63,10 @@ def ddim_mean_std(
     pred_original_sample, pred_epsilon = predict_original(scheduler, model_output, t, sample)
     return a_prev * pred_original_sample + d * pred_epsilon, std_dev_t
 
-# %% ../nbs/02_mdp.ipynb #dddeb66b
+# %% ../nbs/02_mdp.ipynb #3754e3c4
 def generator_for(
     seed:int,  # of the run
-    purpose:str,  # 'rollout', 'eval', 'prompts', ...: draws for different purposes never coincide
+    purpose:str,  # 'rollout', 'eval', 'prompts', ...: draws for different purposes are unrelated (2^32 streams)
     epoch:int=0,
     index:int=0,  # of the sample within the epoch, over all processes
 ) -> torch.Generator:  # on the CPU

@@ -115,11 +115,11 @@ def decode(
     parts = [vae.decode((x / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0] for x in latents.split(batch_size)]
     return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
 
-# %% ../nbs/01_pipelines.ipynb #49d422a5
+# %% ../nbs/01_pipelines.ipynb #edd0cf7a
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the linear layers of every attention block: ddpo-pytorch's and TRL's targets
 
 def add_lora(
-    unet,  # UNet2DConditionModel, frozen
+    unet,  # UNet2DConditionModel, frozen; an adapter that it has is removed
     r:int=4,  # rank
     lora_alpha:float|None=None,  # the update is scaled by lora_alpha / r; None: r, a scale of 1
     target_modules:tuple=ATTENTION,
