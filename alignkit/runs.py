@@ -428,7 +428,7 @@ class TrainConfig:
             raise ValueError(f"updates_per_epoch: must divide samples_per_epoch={self.samples_per_epoch}, got {self.updates_per_epoch}")
         return self
 
-# %% ../nbs/06_runs.ipynb #8af0b49b
+# %% ../nbs/06_runs.ipynb #9c1be04c
 def _optimizer(params, cfg):
     kind = torch.optim.AdamW
     if cfg.use_8bit_adam:
@@ -455,9 +455,12 @@ AT_A_TIME = ("micro_batch_size", "sample_batch_size", "checkpointing", "stored_s
 
 def _free_gb(pipe):
     "What this process may still take, and what the pipeline has taken already, in 10^9 bytes."
-    if pipe.unet.device.type == "cuda": return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
-    import psutil
-    return (psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + sum(x.nbytes for part in (pipe.unet, pipe.vae, pipe.text_encoder) for x in part.parameters())) / 1e9
+    taken = sum(x.nbytes for part in (pipe.unet, pipe.vae, pipe.text_encoder) for x in part.parameters())
+    if pipe.unet.device.type == "cuda": free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # the allocator's cache is free, what others hold in it is not
+    else:
+        import psutil
+        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (free + taken) / 1e9
 
 def _budget_gb(pipe, cfg): return 0.9 * _free_gb(pipe) if cfg.memory_budget_gb == "auto" else cfg.memory_budget_gb
 
