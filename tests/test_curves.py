@@ -1,7 +1,7 @@
 "Several runs side by side: a failure is named and does not stop the others."
 import pytest
 from alignkit import curves
-from alignkit.curves import reproduce
+from alignkit.curves import final_evaluation, reproduce
 from alignkit.runs import read_run
 
 
@@ -12,6 +12,11 @@ def test_a_failing_run_is_named_and_the_other_is_kept(tmp_path):
     assert len(read_run(tmp_path / "jpeg_compressibility" / "ddpo_sf_seed0").history) == 1
     runs = reproduce(tmp_path, tasks[1:], num_epochs=1, short=True)  # finished: only read
     assert [r.config["method"] for r in runs] == ["ddpo_sf"]
+    before = final_evaluation(runs[0])
+    (runs[0].folder.path / "eval_final.json").unlink()
+    again = final_evaluation(read_run(runs[0].folder.path))  # from the checkpoints, on a fresh pipeline
+    assert before.loc["last", "eval_reward_mean"] != before.loc["base", "eval_reward_mean"]
+    assert again.eval_reward_mean.tolist() == pytest.approx(before.eval_reward_mean.tolist(), abs=5e-3)
 
 
 def test_unknown_tasks_are_refused_before_anything_runs(tmp_path):
