@@ -72,6 +72,7 @@ def test_nothing_heavy_comes_along(tmp_path):
 
 
 CALLS = {  # one function of every module, called as a user would
+    "show": "from alignkit.show import show_row; assert show_row(torch.rand(2, 3, 8, 8), 'ab').data[:4] == b'\\x89PNG'",
     "pipelines": "from alignkit.pipelines import encode, load; pipe = load(PIPE); assert encode(pipe, ['a cat', 'a cat', 'a dog']).shape[0] == 3",
     "mdp": "from alignkit.mdp import draw; assert tuple(draw(pipe, ['a cat', 'a dog'], num_inference_steps=2, guidance_scale=2.).shape) == (2, 3, 32, 32)",
     "logprob": "import torch; from alignkit.logprob import step_log_prob; assert abs(step_log_prob(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 1)).item() + 0.9189385) < 1e-6",
