@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'rwr_weights', 'sparse_weights', 'denoising_loss', 'RWRConfig', 'preset', 'update_groups',
-           'regression_draws', 'train']
+           'regression_draws', 'gather', 'weigh', 'shared', 'dealt', 'train']
 
 # %% ../nbs/07_rwr.ipynb #c8637974
-import math, time
 from dataclasses import dataclass
 from pathlib import Path
+import math
 import numpy as np
 import torch
 from torch import Tensor
 from .mdp import generator_for
-from .pipelines import predict
-from .runs import Run, TrainConfig, Training, on_failure
+from .pipelines import Cond, Model, guided, lookup
+from .runs import Run
+from .training import Clock, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
+from .training import record, report, sample, sampling_phases, setup, update, update_phases
 
 # %% ../nbs/07_rwr.ipynb #08adc157
 def _checked(rewards, prompts):
@@ -47,7 +49,7 @@ def sparse_weights(
     quantile:float,  # the best share to keep, in (0, 1]: 0.1 keeps what reaches the 90th percentile
     prompts:list[str]|None=None,  # B of them: the best share of each prompt; None: of the dataset
 ) -> Tensor:  # (B,) float32, 0 or 1
-    "1 for the best share, 0 for the rest: repeated filtered fine-tuning. At least one is kept, and ties with the last one kept are kept too, as with numpy.percentile."
+    "1 for the best share, 0 for the rest: repeated filtered fine-tuning. At least one is kept; ties with the last one kept are too, as with numpy.percentile."
     if not 0 < quantile <= 1: raise ValueError(f"quantile: the share to keep, in (0, 1], got {quantile}")
     r, groups = _checked(rewards, prompts)
     weights = torch.empty_like(r)
@@ -58,26 +60,25 @@ def sparse_weights(
 
 # %% ../nbs/07_rwr.ipynb #e2ac93eb
 def denoising_loss(
-    unet,  # the one that accelerate prepared, when processes share gradients
-    scheduler,  # its alphas_cumprod and prediction_type
+    model:Model,  # its schedule, and what its network answers
+    net,  # the one that accelerate prepared, when processes share gradients
     latents:Tensor,  # (B, C, h, w) finished, x_0
     timesteps:Tensor,  # (B,) training timesteps, 0 to num_train_timesteps - 1
     noise:Tensor,  # (B, C, h, w) standard normal
-    prompt_embeds:Tensor,  # (B, L, d)
+    cond:Cond,  # B rows
     weights:Tensor|None=None,  # (B,); None: 1
-    negative_embeds:Tensor|None=None,  # (1, L, d), needed when guidance_scale != 1
+    empty:Cond|None=None,  # one row, needed when guidance_scale != 1
     guidance_scale:float=1.,  # the policy that drew the pictures is the guided one, so guidance is inside the loss
     dtype:torch.dtype|None=None,  # of the network's input; None: that of the latents. Targets and loss are float32
 ) -> Tensor:  # (B,) float32: weight times the mean squared error over latent elements
     "The weighted denoising loss: noise the picture, predict what was added (arXiv:2006.11239, eq. 14; for other predictions their own target)."
-    x0, noise = latents.detach().float(), noise.float()
+    x0, noise, scheduler = latents.detach().float(), noise.float(), model.scheduler
     noisy = scheduler.add_noise(x0, noise, timesteps)
-    output = predict(unet, noisy.to(dtype or latents.dtype), timesteps, prompt_embeds, negative_embeds, guidance_scale).float()
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon": target = noise
-    elif kind == "v_prediction": target = scheduler.get_velocity(x0, noise, timesteps)
-    elif kind == "sample": target = x0
-    else: raise ValueError(f"prediction_type: 'epsilon', 'sample' or 'v_prediction', got {kind!r}")
+    output = guided(model, net, noisy.to(dtype or latents.dtype), timesteps, cond, empty, guidance_scale).float()
+    if model.prediction == "epsilon": target = noise
+    elif model.prediction == "v_prediction": target = scheduler.get_velocity(x0, noise, timesteps)
+    elif model.prediction == "sample": target = x0
+    else: raise ValueError(f"prediction: 'epsilon', 'sample' or 'v_prediction', got {model.prediction!r}")
     loss = (output - target).square().flatten(1).mean(1)
     return loss if weights is None else weights.detach().float() * loss
 
@@ -98,22 +99,29 @@ class RWRConfig(TrainConfig):
         "Refuse impossible settings before any work is done."
         super().check()
         self.need(self.method == "rwr", "method", "'rwr'")
-        self.need(self.weights in ("softmax", "sparse"), "weights", "'softmax' or 'sparse'")
+        self.one_of("weights", "softmax", "sparse")
         self.whole("num_inner_epochs")
         self.need(0 < self.beta < math.inf, "beta", "a finite number greater than 0, an inverse temperature")
         self.need(0 < self.share <= 1, "share", "the best share to keep, in (0, 1]")
         return self
 
-# jannerm/ddpo config/base.py: SD 1.4, all weights, guidance 5 in sampling and inside the loss, AdamW, 51,200 pictures a round. Updates of 128 pictures are 4 on each of
-# 32 devices ("a_animals_rwr", "compressed_animals"), 400 a round; "compressed_animals_rwr" has 1 a device and the comment "same number of gradient steps". pipeline/run-sparse.sh: 10 rounds
-_PAPER = dict(trainable="full", mixed_precision="no", num_epochs=10, samples_per_epoch=10240, num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-5,
-              adam_weight_decay=1e-4, max_grad_norm=1.)
+    def phases(self, bytes_of): return _phases(self, bytes_of)
+    def knobs(self): return _knobs(self)
+
+# %% ../nbs/07_rwr.ipynb #f69ddd42
+# jannerm/ddpo config/base.py: SD 1.4, all weights, guidance 5 in sampling and inside the loss, AdamW, 51,200 pictures a round. Updates of 128 pictures are
+# 4 on each of 32 devices ("a_animals_rwr", "compressed_animals"), 400 a round; "compressed_animals_rwr" has 1 a device and the comment "same number of
+# gradient steps". pipeline/run-sparse.sh: 10 rounds
+_PAPER = dict(
+    trainable="full", mixed_precision="no", num_epochs=10, samples_per_epoch=10240, num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-5,
+    adam_weight_decay=1e-4, max_grad_norm=1.)
 PRESETS = {
     # "compressed_animals_rwr": 10,240 samples, "temperature" 1/5 (it multiplies), over the dataset, 5 epochs of 80 updates
     "rwr-paper": dict(_PAPER, weights="softmax", beta=0.2, num_inner_epochs=5, updates_per_epoch=80),
     # "a_animals_rwr": the same with weights within each prompt
     "rwr-paper-aesthetic": dict(_PAPER, weights="softmax", beta=0.2, num_inner_epochs=5, updates_per_epoch=80, per_prompt=True),
-    # "compressed_animals": batches of one prompt, of each the pictures that reach its 90th percentile, until 1,024 are kept, so about 10,240 drawn; 50 epochs of 8 updates
+    # "compressed_animals": batches of one prompt, of each the pictures that reach its 90th percentile, until 1,024 are kept, so about 10,240 drawn;
+    # 50 epochs of 8 updates
     "rwr-sparse-paper": dict(_PAPER, weights="sparse", share=0.1, num_inner_epochs=50, updates_per_epoch=8, per_prompt=True),
 }
 
@@ -122,8 +130,7 @@ def preset(
     **changes,  # fields to set otherwise, e.g. num_epochs=2
 ) -> RWRConfig:
     "The settings of the paper's code."
-    if name not in PRESETS: raise ValueError(f"preset: one of {', '.join(PRESETS)}, got {name!r}")
-    return RWRConfig(**{**PRESETS[name], **changes})
+    return RWRConfig(**{**lookup(PRESETS, name, "preset"), **changes})
 
 # %% ../nbs/07_rwr.ipynb #5932a6c2
 def update_groups(
@@ -143,10 +150,52 @@ def regression_draws(
 ) -> tuple[Tensor, Tensor]:  # timesteps (B,) uniform over the training timesteps, and noise (B, C, h, w)
     "What each picture is noised with in a pass: its own stream, so neither batches nor processes nor what ran before have a say."
     streams = [generator_for(seed, f"rwr noise {inner}", epoch, i) for i in indices]
-    return torch.stack([torch.randint(num_train_timesteps, (), generator=g) for g in streams]), torch.stack([torch.randn(shape, generator=g) for g in streams])
+    timesteps = torch.stack([torch.randint(num_train_timesteps, (), generator=g) for g in streams])
+    return timesteps, torch.stack([torch.randn(shape, generator=g) for g in streams])
 
 # %% ../nbs/07_rwr.ipynb #05e558c0
-@on_failure
+def gather(
+    job:Job, epoch:int,
+    indices:list[int],  # this process's pictures
+    texts:list[str],  # the prompts of all pictures of the epoch
+) -> tuple[Tensor, Tensor, Tensor, dict]:  # this process's finished latents, float32; all rewards; the first pictures; seconds by part
+    "Draw and score an epoch; of a walk only the end is kept."
+    latents = torch.empty(len(indices), *job.model.latent_shape, device=job.device)
+    def keep(rows, part): latents[rows] = part.latents[:, -1].float()
+    return latents, *sample(job, epoch, indices, texts, keep)
+
+def weigh(
+    cfg:RWRConfig,
+    rewards:Tensor, texts:list[str],  # of all pictures of the epoch
+) -> tuple[Tensor, list[int]]:  # (B,) weights, and the pictures to train on
+    "What each picture counts."
+    prompts = texts if cfg.per_prompt else None
+    if cfg.weights == "softmax": return rwr_weights(rewards, cfg.beta, prompts), list(range(len(rewards)))
+    weights = sparse_weights(rewards, cfg.share, prompts)
+    return weights, weights.nonzero().flatten().tolist()
+
+def shared(
+    job:Job,
+    latents:Tensor, indices:list[int],  # this process's pictures
+    kept:list[int],  # the pictures to train on
+) -> Tensor:  # (len(kept), C, h, w), of all processes
+    "Every process gets the latents of all kept pictures, whoever drew them."
+    place = {i: k for k, i in enumerate(kept)}
+    mine = [(k, place[i]) for k, i in enumerate(indices) if i in place]
+    x0 = torch.zeros(len(kept), *latents.shape[1:], device=job.device)
+    if mine: x0[[p for _, p in mine]] = latents[[k for k, _ in mine]]
+    return job.accelerator.reduce(x0)
+
+def dealt(
+    job:Job,
+    group:list[int],  # pictures of an update
+) -> tuple[list[tuple], float]:  # micro-batches of (pictures, whether they count), and an average process's rows
+    "This process's share. One without a picture takes one along at no weight, since the others wait for its backward."
+    mine, size = group[job.rank::job.world] or group[:1], job.cfg.micro_batch_size
+    counts = float(len(group) > job.rank)
+    return [(mine[at:at + size], counts) for at in range(0, len(mine), size)], len(group) / job.world
+
+# %% ../nbs/07_rwr.ipynb #bef12bb2
 def train(
     pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
     reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
@@ -158,54 +207,54 @@ def train(
 ) -> Run:
     "Reward-weighted regression from start to end: sample, score, weigh, regress, record."
     cfg = (cfg or RWRConfig()).check()
-    job = Training(cfg, pipe, reward, prompts, out, resume, callbacks)
-    cfg, pipe, unet, accelerator, device, negative_embeds = job.cfg, job.pipe, job.unet, job.accelerator, job.device, job.negative_embeds
-    shape = job.noise_shape[1:]
+    with setup(cfg, pipe, reward, prompts, out, resume, callbacks) as job:
+        for epoch in epochs(job):
+            # sample and score this process's pictures; all processes know all rewards, and share the pictures that have a weight
+            clock, mine = Clock(), list(range(job.rank, cfg.samples_per_epoch, job.world))
+            texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
+            latents, rewards, images, seconds = gather(job, epoch, mine, texts)
+            weights, kept = weigh(cfg, rewards, texts)
+            x0, place = shared(job, latents, mine, kept), {i: k for k, i in enumerate(kept)}
 
-    for epoch in job.epochs():
-        began = time.perf_counter()
-        # sample and score this process's pictures; of a trajectory only the end is kept
-        indices = list(range(job.rank, cfg.samples_per_epoch, job.world))
-        texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
-        latents = torch.empty(len(indices), *shape, device=device)
-        def keep(rows, trajectory): latents[rows] = trajectory.latents[:, -1].float()
-        rewards, images, seconds = job.sample(epoch, indices, texts, keep)
-        scored = time.perf_counter()
+            def loss_of(pictures, counts, inner):
+                T = job.model.scheduler.config.num_train_timesteps
+                timesteps, noise = (v.to(job.device) for v in regression_draws(pictures, job.model.latent_shape, T, cfg.seed, epoch, inner))
+                cond, w = embed(job, [texts[i] for i in pictures]), counts * weights[pictures].to(job.device)
+                with job.accelerator.autocast():
+                    loss = denoising_loss(job.model, job.net, x0[[place[i] for i in pictures]], timesteps, noise, cond, w, job.empty, cfg.guidance_scale, job.dtype)
+                return loss.mean(), {}
 
-        # weigh: all processes know all rewards, and share the pictures that have a weight
-        groups_of = texts if cfg.per_prompt else None
-        weights = rwr_weights(rewards, cfg.beta, groups_of) if cfg.weights == "softmax" else sparse_weights(rewards, cfg.share, groups_of)
-        kept = list(range(len(weights))) if cfg.weights == "softmax" else weights.nonzero().flatten().tolist()
-        place = {i: k for k, i in enumerate(kept)}
-        mine = [(k, place[i]) for k, i in enumerate(indices) if i in place]
-        x0 = torch.zeros(len(kept), *shape, device=device)
-        if mine: x0[[p for _, p in mine]] = latents[[k for k, _ in mine]]
-        x0 = accelerator.reduce(x0)
+            # regress: passes over the kept pictures, each with new timesteps and noise
+            updates = []
+            with clock("train_s"):
+                for inner in range(cfg.num_inner_epochs):
+                    for group in update_groups(kept, cfg, epoch, inner):
+                        batches, rows = dealt(job, group)
+                        updates.append(update(job, [(*b, inner) for b in batches], loss_of, rows))
+            effective = (weights.sum()**2 / (weights**2).sum()).item()
+            if record(job, epoch, rewards, images, **report(job, updates), effective_samples=effective, **seconds, **clock): break
+        return finish(job)
 
-        # regress: passes over the kept pictures, each with new timesteps and noise
-        losses, norms = torch.zeros((), device=device), []
-        for inner in range(cfg.num_inner_epochs):
-            for group in update_groups(kept, cfg, epoch, inner):
-                dealt = group[job.rank::job.world] or group[:1]  # a process without a picture takes one along at no weight, since the others wait for its backward
-                counts = float(len(group) > job.rank)
-                for at in range(0, len(dealt), cfg.micro_batch_size):
-                    here = dealt[at:at + cfg.micro_batch_size]
-                    timesteps, noise = regression_draws(here, shape, pipe.scheduler.config.num_train_timesteps, cfg.seed, epoch, inner)
-                    with job.waits(last=at + cfg.micro_batch_size >= len(dealt)):
-                        with accelerator.autocast():
-                            loss = denoising_loss(unet, pipe.scheduler, x0[[place[i] for i in here]], timesteps.to(device), noise.to(device), job.embed([texts[i] for i in here]), weights[here].to(device),
-                                                  negative_embeds, cfg.guidance_scale, job.dtype)
-                        loss = counts * loss.sum() * job.world / len(group)  # processes average their gradients: the mean over the update's pictures, however they are dealt and cut
-                        accelerator.backward(loss)
-                    losses += loss.detach()
-                norms.append(job.step())
-        loss = (accelerator.reduce(losses, "mean") / len(norms)).item()
-        trained = time.perf_counter()
-        job.wall += trained - began
+# %% ../nbs/07_rwr.ipynb #ed21c3fe
+def _regression(cfg):
+    "The loss over a micro-batch, for `memory.BytesOf.loss`."
+    def make(p):
+        B = len(p.latents)
+        x0, noise = (torch.empty(p.latents.shape) for _ in range(2))
+        t, w = torch.empty(B, dtype=torch.int64), torch.empty(B)
+        def run(): return denoising_loss(p.model, p.net, x0, t, noise, p.cond, w, p.empty, cfg.guidance_scale, p.latents.dtype).mean()
+        return run, [x0, noise, t, w]
+    return make
 
-        # record
-        row = dict(epoch=epoch, step=job.steps, wall_s=job.wall, queries=job.queries, reward_mean=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), loss=loss,
-                   grad_norm=torch.stack(norms).mean().item(), approx_kl=0., clipfrac=0., effective_samples=(weights.sum()**2 / (weights**2).sum()).item(),
-                   **seconds, train_s=trained - scored)
-        if job.record(epoch, row, images): break
-    return job.finish()
+def _phases(cfg, bytes_of):
+    "What is alive when: the finished latents of an epoch, a batch of drawings, then a micro-batch of pictures."
+    drawing, data = sampling_phases(cfg, bytes_of, 2 * cfg.samples_per_epoch * bytes_of.latent32)
+    most = -(-cfg.samples_per_epoch // cfg.updates_per_epoch)
+    accumulates = most > cfg.micro_batch_size
+    call = bytes_of.loss("regression", _regression(cfg), min(cfg.micro_batch_size, most), accumulates)
+    return {**drawing, **update_phases(bytes_of, call, data, accumulates), **evaluation_phase(cfg, bytes_of, data)}
+
+def _knobs(cfg):
+    "Settings of speed and memory, from the fastest to the leanest: pictures drawn at a time, and pictures trained on at a time."
+    most = -(-cfg.samples_per_epoch // cfg.updates_per_epoch)
+    return [dict(sample_batch_size=n, micro_batch_size=m) for n in drawing_knobs(cfg, cfg.samples_per_epoch) for m in halves(most)]
