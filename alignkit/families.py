@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['encode_two', 'context_xl', 'open_sdxl']
 
-# %% ../nbs/01a_families.ipynb #8f524ab1
+# %% ../nbs/01a_families.ipynb #227d2073
 import torch
 from torch import Tensor
 from .pipelines import Cond, Model, ddim_scheduler, decode, latent_shape
 
-# %% ../nbs/01a_families.ipynb #91166773
+# %% ../nbs/01a_families.ipynb #7ebad456
 @torch.no_grad()
 def encode_two(
     pipe,  # StableDiffusionXLPipeline
@@ -30,7 +30,7 @@ def context_xl(
     prompts:list,  # B of them; None is no prompt, for guidance
     size:tuple,  # (height, width) in pixels
 ) -> Cond:  # text, pooled, time_ids
-    "Each distinct prompt once; no prompt is a row of zeros where the pipeline says so, as in diffusers. Size and crop are told to the network as numbers."
+    "Each distinct prompt once; no prompt is a row of zeros where the pipeline says so. Size and crop are told to the network as numbers."
     distinct = list(dict.fromkeys(prompts))
     text, pooled = encode_two(pipe, [p or "" for p in distinct])
     if None in distinct and pipe.config.force_zeros_for_empty_prompt:
@@ -39,7 +39,7 @@ def context_xl(
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=text.dtype, device=text.device)  # original size, upper left corner, target size
     return Cond(text=text[rows], pooled=pooled[rows], time_ids=time_ids.repeat(len(prompts), 1))
 
-# %% ../nbs/01a_families.ipynb #c0103f5c
+# %% ../nbs/01a_families.ipynb #9ed84521
 def open_sdxl(
     pipe,  # StableDiffusionXLPipeline
     height:int|None=None, width:int|None=None,  # pixels; None: the UNet's own size

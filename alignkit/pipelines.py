@@ -27,7 +27,7 @@ def data_dir() -> Path:  # folder with `tiny-sd`, `tiny-clip`, `glyphs`, prompt 
     package = Path(alignkit.__file__).parent
     for folder in (package / "data", package.parent / "data"):
         if (folder / "tiny-sd").is_dir(): return folder
-    raise FileNotFoundError(f"alignkit's data folder is neither in {package} nor beside it: reinstall the package, or run from a full checkout")
+    raise FileNotFoundError(f"alignkit's data folder is neither in {package} nor beside it: reinstall the package, or use a full checkout")
 
 # %% ../nbs/01_pipelines.ipynb #7cd7e4fa
 @contextmanager
@@ -51,7 +51,7 @@ def cast(
     "Change the dtype of all weights, without the warning that diffusers' own `.to` gives for modules it need not worry about."
     return nn.Module.to(module, dtype=dtype)
 
-# %% ../nbs/01_pipelines.ipynb #e9abc93c
+# %% ../nbs/01_pipelines.ipynb #00e3c5d4
 def lookup(
     table:dict,  # name -> "module:function", or the thing itself
     name:str,
@@ -64,7 +64,7 @@ def lookup(
     module, _, attribute = entry.partition(":")
     return getattr(import_module(module), attribute)
 
-# %% ../nbs/01_pipelines.ipynb #d2dee131
+# %% ../nbs/01_pipelines.ipynb #23747c56
 FAMILIES = {  # class of the diffusers pipeline -> its `open` function, which makes a `Model` of it
     "StableDiffusionPipeline": "alignkit.pipelines:open_sd",
     "StableDiffusionXLPipeline": "alignkit.families:open_sdxl",
@@ -141,7 +141,7 @@ def decode(
     parts = [vae.decode((x / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0] for x in latents.split(batch_size)]
     return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
 
-# %% ../nbs/01_pipelines.ipynb #9fecd898
+# %% ../nbs/01_pipelines.ipynb #a7821ca8
 class Cond(dict):
     "What prompts became: tensors by name, each with one row a prompt. `cond['text']` is a tensor, `cond[rows]` the same of some rows."
     def __getitem__(self, rows):
@@ -165,7 +165,7 @@ class Cond(dict):
         "The rows of several, one after the other."
         return Cond({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
 
-# %% ../nbs/01_pipelines.ipynb #02fdc262
+# %% ../nbs/01_pipelines.ipynb #c98da054
 @dataclass(frozen=True)
 class Model:
     "A text-to-image model as all later pages see it: its parts, and its functions held as data."
@@ -180,7 +180,7 @@ class Model:
     frozen:tuple  # the other networks: the decoder first, then the text encoders
     context:dict  # name -> shape of one prompt's row in a Cond: what a memory plan asks
 
-# %% ../nbs/01_pipelines.ipynb #4ff159c8
+# %% ../nbs/01_pipelines.ipynb #f1d08a16
 def latent_shape(
     net,  # UNet2DConditionModel; its sample_size is the size that it was trained for
     vae,  # AutoencoderKL
@@ -201,7 +201,7 @@ def ddim_scheduler(
     with quiet(): from diffusers import DDIMScheduler
     return DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
 
-# %% ../nbs/01_pipelines.ipynb #db0b8d94
+# %% ../nbs/01_pipelines.ipynb #ed7c6b8a
 def open_sd(
     pipe,  # StableDiffusionPipeline
     height:int|None=None, width:int|None=None,  # pixels; None: the UNet's own size
@@ -216,7 +216,7 @@ def open_sd(
         frozen=(pipe.vae, pipe.text_encoder),
         context=dict(text=(pipe.text_encoder.config.max_position_embeddings, net.config.cross_attention_dim)))
 
-# %% ../nbs/01_pipelines.ipynb #c1895474
+# %% ../nbs/01_pipelines.ipynb #c07ab038
 def open_model(
     pipe="tiny",  # as for `load`, or a Model, which is returned
     height:int|None=None, width:int|None=None,  # pixels; None: what the network was trained for
@@ -264,7 +264,8 @@ def add_lora(
     from peft import LoraConfig
     if r < 1: raise ValueError(f"r: a rank of at least 1, got {r}")
     if getattr(net, "peft_config", None): net.delete_adapters(list(net.peft_config))
-    config = LoraConfig(r=r, lora_alpha=r if lora_alpha is None else lora_alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
+    alpha = r if lora_alpha is None else lora_alpha
+    config = LoraConfig(r=r, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net.add_adapter(config)
@@ -312,12 +313,12 @@ def save_lora(
     # without the metadata a loader assumes alpha = r, and the picture changes
     kind.save_lora_weights(folder, **{f"{part_name(net)}_lora_layers": lora_state(net)}, **lora_metadata(net, part_name(net)))
 
-# %% ../nbs/01_pipelines.ipynb #b2ba37e9
+# %% ../nbs/01_pipelines.ipynb #7cf65437
 def _scale(name, rank, settings, alphas):
     "alpha / rank of one layer: its own alpha, else that of a pattern, else the adapter's, else the rank."
-    patterns = settings.get("alpha_pattern") or {}
-    default = next((a for pattern, a in patterns.items() if name == pattern or name.endswith("." + pattern)), settings.get("lora_alpha", rank))
-    return alphas.get(name, default) / rank ** (0.5 if settings.get("use_rslora") else 1)
+    patterns = (settings.get("alpha_pattern") or {}).items()
+    of_pattern = (a for pattern, a in patterns if name == pattern or name.endswith("." + pattern))
+    return alphas.get(name, next(of_pattern, settings.get("lora_alpha", rank))) / rank ** (0.5 if settings.get("use_rslora") else 1)
 
 def _files(path):
     "State, alphas by layer and settings of a LoRA in diffusers', kohya's or peft's format; names as in the network."
@@ -325,16 +326,17 @@ def _files(path):
     from diffusers.utils import convert_unet_state_dict_to_peft
     if (path / "adapter_config.json").is_file():
         from safetensors.torch import load_file
-        state = load_file(path / "adapter_model.safetensors")
-        return {k.removeprefix("base_model.model."): v for k, v in state.items()}, {}, json.loads((path / "adapter_config.json").read_text())
+        state, settings = load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
+        return {k.removeprefix("base_model.model."): v for k, v in state.items()}, {}, settings
     state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True)
     if other := sorted({k.split(".")[0] for k in state} - {"unet", "transformer"}):
         raise ValueError(f"the adapter in {path} also changes {', '.join(other)}, and only the denoising network's part can be used")
-    plain = lambda tensors: convert_unet_state_dict_to_peft({k.split(".", 1)[1]: v for k, v in tensors.items()})
-    alphas = plain({k.removesuffix(".alpha"): a for k, a in (alphas or {}).items()})
-    return plain(state), {k.removesuffix(".lora_A.weight"): a for k, a in alphas.items()}, {k.split(".", 1)[1]: v for k, v in (metadata or {}).items()}
+    def inside(entries): return {k.split(".", 1)[1]: v for k, v in (entries or {}).items()}  # without the part's name
+    alphas = convert_unet_state_dict_to_peft({k.removesuffix(".alpha"): a for k, a in inside(alphas).items()})
+    alphas = {k.removesuffix(".lora_A.weight"): a for k, a in alphas.items()}
+    return convert_unet_state_dict_to_peft(inside(state)), alphas, inside(metadata)
 
-# %% ../nbs/01_pipelines.ipynb #ae4104e9
+# %% ../nbs/01_pipelines.ipynb #14b1fe48
 def read_lora(
     path:str|Path,  # a folder or file as diffusers, kohya's scripts or peft write it
 ) -> dict[str, tuple[Tensor, Tensor, float]]:  # layer -> A (r, d_in), B (d_out, r) and alpha / r: what is added to its weight is (alpha / r) B A
@@ -349,7 +351,7 @@ def read_lora(
         layers[name] = A, B, _scale(name, len(A), settings, alphas)
     return layers
 
-# %% ../nbs/01_pipelines.ipynb #eb9ea16a
+# %% ../nbs/01_pipelines.ipynb #3f68adf8
 def load_lora(
     net,  # with an adapter of the same rank, targets and lora_alpha, see `add_lora`
     path:str|Path,  # as for `read_lora`
@@ -357,15 +359,17 @@ def load_lora(
     "Put saved weights into the adapter that is there; refuses one of another shape or scale."
     from peft.tuners.lora import LoraLayer
     saved = read_lora(path)
-    there = {n: m for n, m in net.named_modules() if isinstance(m, LoraLayer)}
     name = next(iter(net.peft_config))
-    shapes = {n: (m.lora_A[name].weight.shape, m.lora_B[name].weight.shape) for n, m in there.items()}
-    odd = sorted(n for n in shapes.keys() | saved.keys() if n not in saved or shapes.get(n) != (saved[n][0].shape, saved[n][1].shape))
-    if odd: raise ValueError(f"the adapter in {path} does not fit the one of this network: they differ in {len(odd)} layers, first {odd[0]}")
+    there = {n: m for n, m in net.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
+    def shapes(n): return there[n].lora_A[name].weight.shape, there[n].lora_B[name].weight.shape
+    def fits(n): return n in saved and n in there and shapes(n) == (saved[n][0].shape, saved[n][1].shape)
+    odd = sorted(n for n in there.keys() | saved.keys() if not fits(n))
+    if odd:
+        raise ValueError(f"the adapter in {path} does not fit the one of this network: they differ in {len(odd)} layers, first {odd[0]}")
     for n, (A, B, scale) in saved.items():
-        layer = there[n]
+        layer, r = there[n], len(A)
         if scale != layer.scaling[name]:
-            raise ValueError(f"the adapter in {path} has lora_alpha={scale * len(A):g}, the one of this network {layer.scaling[name] * len(A):g}: "
+            raise ValueError(f"the adapter in {path} has lora_alpha={scale * r:g}, the one of this network {layer.scaling[name] * r:g}: "
                              "the update would be scaled by another factor")
         with torch.no_grad():
             layer.lora_A[name].weight.copy_(A)
