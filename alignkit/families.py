@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['encode_two', 'context_xl', 'open_sdxl']
 
-# %% ../nbs/01a_families.ipynb #227d2073
+# %% ../nbs/01a_families.ipynb #07868ece
 import torch
 from torch import Tensor
 from .pipelines import Cond, Model, ddim_scheduler, decode, latent_shape
 
-# %% ../nbs/01a_families.ipynb #7ebad456
+# %% ../nbs/01a_families.ipynb #05dbd664
 @torch.no_grad()
 def encode_two(
     pipe,  # StableDiffusionXLPipeline
@@ -39,7 +39,7 @@ def context_xl(
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=text.dtype, device=text.device)  # original size, upper left corner, target size
     return Cond(text=text[rows], pooled=pooled[rows], time_ids=time_ids.repeat(len(prompts), 1))
 
-# %% ../nbs/01a_families.ipynb #9ed84521
+# %% ../nbs/01a_families.ipynb #19772285
 def open_sdxl(
     pipe,  # StableDiffusionXLPipeline
     height:int|None=None, width:int|None=None,  # pixels; None: the UNet's own size
