@@ -21,7 +21,7 @@ def step_log_prob(
     x, mu, sigma = prev_sample.detach().float(), prev_sample_mean.float(), std_dev_t.float()
     if x.shape != mu.shape:
         raise ValueError(f"prev_sample and prev_sample_mean: one shape, got {tuple(x.shape)} and {tuple(mu.shape)}")
-    # on an accelerator the look at sigma would wait for the device at every step; train() checks eta once, at its start
+    # on an accelerator the look at sigma would wait for the device at every step; train() checks every step once, at its start
     if sigma.device.type == "cpu" and not (sigma > 0).all():
         raise ValueError("std_dev_t: must be > 0; with eta=0 (or at a last step with set_alpha_to_one=True) "
                          "the step is deterministic and has no density")
