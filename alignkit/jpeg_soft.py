@@ -14,37 +14,60 @@ from torch import Tensor
 from .rewards import Reward, check_images
 
 # %% ../nbs/05e_jpeg_soft.ipynb #3dc40a19
+_TO_YCC = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]  # red, green, blue to brightness and two colours
+
+def _step_sizes(quality, like):
+    "The coder's own two tables: for brightness and for colour, (8, 8) each."
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, format="JPEG", quality=quality)
+    tables = Image.open(buffer).quantization
+    return [torch.tensor(tables[k], dtype=like.dtype, device=like.device).view(8, 8) for k in sorted(tables)]
+
+def _cosines(like):
+    "The eight waves of a block as the rows of an orthogonal matrix (8, 8)."
+    k = torch.arange(8, dtype=like.dtype, device=like.device)
+    waves = torch.cos((2 * k + 1) * k[:, None] * torch.pi / 16) / 2
+    waves[0] /= 2**0.5
+    return waves
+
+def _blocks(x):
+    "(B, C, H, W) as blocks (B, C, H/8, W/8, 8, 8)."
+    return x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+
 def jpeg_coefficients(
     images:Tensor,  # (B, 3, H, W) float in [0, 1]
     quality:int=95,  # of the JPEG coder, 1 to 95
-) -> tuple:  # luma (B, H/8, W/8, 8, 8) and colour (B, 2, H/16, W/16, 8, 8): wave amplitudes over the step sizes, not yet rounded
+) -> tuple:  # luma (B, H/8, W/8, 8, 8), colour (B, 2, H/16, W/16, 8, 8): wave amplitudes over the step sizes, not yet rounded
     "What the JPEG coder rounds and writes, before it rounds. Differentiable; float32 or float64."
     if images.dtype not in (torch.float32, torch.float64): images = images.float()
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(buffer, format="JPEG", quality=quality)
-    tables = [torch.tensor(t, dtype=images.dtype, device=images.device).view(8, 8) for _, t in sorted(Image.open(buffer).quantization.items())]  # step sizes, as the coder has them
     images = F.pad(images, (0, -images.shape[3] % 16, 0, -images.shape[2] % 16), mode="replicate")
-    rgb = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=images.dtype, device=images.device)
-    k = torch.arange(8, dtype=images.dtype, device=images.device)
-    waves = torch.cos((2 * k + 1) * k[:, None] * torch.pi / 16) / 2
-    waves[0] /= 2**0.5
-    blocks = lambda x: x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    to_ycc = torch.tensor(_TO_YCC, dtype=images.dtype, device=images.device)
+    waves, (luma_steps, colour_steps) = _cosines(images), _step_sizes(quality, images)
     with torch.autocast(images.device.type, enabled=False):  # half precision would cost several levels
-        y, colour = (255 * torch.einsum("ij,bjhw->bihw", rgb, images)).split((1, 2), dim=1)
-        luma, colour = (waves @ blocks(x) @ waves.T / q for x, q in ((y - 128, tables[0]), (F.avg_pool2d(colour, 2), tables[1])))
+        luma, colour = (255 * torch.einsum("ij,bjhw->bihw", to_ycc, images)).split((1, 2), dim=1)
+        luma = waves @ _blocks(luma - 128) @ waves.T / luma_steps
+        colour = waves @ _blocks(F.avg_pool2d(colour, 2)) @ waves.T / colour_steps
     return luma[:, 0], colour
 
+# %% ../nbs/05e_jpeg_soft.ipynb #3d5cae8c
 def jpeg_size_estimate(
     images:Tensor,  # (B, 3, H, W) float in [0, 1]
     quality:int=95,
 ) -> Tensor:  # (B,) kB
     "A smooth estimate of `jpeg_size_kb`."
     bits = 0
-    for c in jpeg_coefficients(images, quality):
-        c = c.flatten(-2).flatten(-3, -2)  # (B, ..., blocks, 64), row by row
-        means = c[..., :1].diff(dim=-2, prepend=torch.zeros_like(c[..., :1, :1]))
-        bits = bits + torch.log2(1 + 4 * torch.cat([means, c[..., 1:]], -1).square()).flatten(1).sum(1) / 2
+    for u in jpeg_coefficients(images, quality):
+        u = u.flatten(-2).flatten(-3, -2)  # (B, ..., blocks, 64), row by row
+        means = u[..., :1].diff(dim=-2, prepend=torch.zeros_like(u[..., :1, :1]))
+        bits = bits + torch.log2(1 + 4 * torch.cat([means, u[..., 1:]], -1).square()).flatten(1).sum(1) / 2
     return 0.623 + 2.2 * bits / 8000
+
+def _distance(images, quality):
+    "Mean distance of each picture to its reconstruction, by kornia's differentiable coder."
+    try: from kornia.enhance import jpeg_codec_differentiable
+    except ImportError as e: raise ImportError("jpeg_soft('distance') needs kornia: pip install alignkit[rewards]") from e
+    coded = jpeg_codec_differentiable(images, torch.full((1,), float(quality), dtype=images.dtype, device=images.device))
+    return (images - coded).abs().mean((1, 2, 3))
 
 def jpeg_soft(
     measure:str="size",  # 'size': minus the estimated kB; 'distance': minus the mean distance to the reconstruction (needs kornia)
@@ -54,12 +77,8 @@ def jpeg_soft(
     if measure not in ("size", "distance"): raise ValueError(f"measure: 'size' or 'distance', got {measure!r}")
     quality = quality or (95 if measure == "size" else 20)
     if not 1 <= quality <= 95: raise ValueError(f"quality: 1 to 95, got {quality}")
-    def size(images, prompts):
+    cost, name = (jpeg_size_estimate, "jpeg_soft") if measure == "size" else (_distance, "jpeg_soft_distance")
+    def fn(images, prompts):
         check_images(images)
-        return -jpeg_size_estimate(images, quality)
-    def distance(images, prompts):
-        check_images(images)
-        try: from kornia.enhance import jpeg_codec_differentiable
-        except ImportError as e: raise ImportError("jpeg_soft('distance') needs kornia: pip install alignkit[rewards]") from e
-        return -(images - jpeg_codec_differentiable(images, torch.full((1,), float(quality), dtype=images.dtype, device=images.device))).abs().mean((1, 2, 3))
-    return Reward(size if measure == "size" else distance, "jpeg_soft" if measure == "size" else "jpeg_soft_distance", differentiable=True)
+        return -cost(images, quality)
+    return Reward(fn, name, differentiable=True)

@@ -19,8 +19,11 @@ def step_log_prob(
     "Gaussian log-density of one denoising step (arXiv:2305.13301, section 4.3)."
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction: 'mean' or 'sum', got {reduction!r}")
     x, mu, sigma = prev_sample.detach().float(), prev_sample_mean.float(), std_dev_t.float()
-    if x.shape != mu.shape: raise ValueError(f"prev_sample and prev_sample_mean: one shape, got {tuple(x.shape)} and {tuple(mu.shape)}")
-    if sigma.device.type == "cpu" and not (sigma > 0).all():  # on an accelerator this would wait for the device at every step; train() checks every step once
-        raise ValueError("std_dev_t: must be > 0; with eta=0 (or at a last step with set_alpha_to_one=True) the step is deterministic and has no density")
+    if x.shape != mu.shape:
+        raise ValueError(f"prev_sample and prev_sample_mean: one shape, got {tuple(x.shape)} and {tuple(mu.shape)}")
+    # on an accelerator the look at sigma would wait for the device at every step; train() checks every step once, at its start
+    if sigma.device.type == "cpu" and not (sigma > 0).all():
+        raise ValueError("std_dev_t: must be > 0; with eta=0 (or at a last step with set_alpha_to_one=True) "
+                         "the step is deterministic and has no density")
     lp = -(x - mu) ** 2 / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return getattr(lp.flatten(1), reduction)(dim=1)

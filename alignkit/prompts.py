@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIMPLE_ANIMALS', 'HELDOUT_ANIMALS', 'COUNTED_ANIMALS', 'TINY_ANIMALS', 'ACTIVITIES', 'CODE_ACTIVITIES', 'NUMBERS',
            'PLURALS', 'PROMPTS', 'PROMPT_FILES', 'HPS_SETS', 'ALIASES', 'HELDOUT', 'HPS_STYLES', 'article',
-           'with_activities', 'plural', 'counting', 'counting_questions', 'hps_prompts', 'Prompts', 'prompt_names',
-           'get_prompts']
+           'with_activities', 'plural', 'counting', 'counting_questions', 'Prompts', 'prompt_names', 'get_prompts',
+           'hps_prompts']
 
 # %% ../nbs/04_prompts.ipynb #374c3b5a
 import json, os, zlib
@@ -16,11 +16,17 @@ from .mdp import generator_for
 from .pipelines import data_dir
 
 # %% ../nbs/04_prompts.ipynb #b6cac47f
-SIMPLE_ANIMALS = ("cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish "
-    "shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo").split()
+SIMPLE_ANIMALS = (
+    "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish "
+    "shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog "
+    "kangaroo"
+).split()
 HELDOUT_ANIMALS = "snail hippopotamus cheetah crocodile lobster octopus".split()
-COUNTED_ANIMALS = "cat dog horse monkey rabbit spider bird sheep cow lion tiger bear raccoon fox wolf ant fish squirrel turtle frog chicken pig".split()
-TINY_ANIMALS = [*SIMPLE_ANIMALS, *HELDOUT_ANIMALS, *"elephant giraffe rhinoceros sloth skunk flamingo peacock parrot swan penguin crab panda koala owl".split()]  # what the embedded model draws
+COUNTED_ANIMALS = (
+    "cat dog horse monkey rabbit spider bird sheep cow lion tiger bear raccoon fox wolf ant fish squirrel turtle frog chicken pig"
+).split()
+_MORE_ANIMALS = "elephant giraffe rhinoceros sloth skunk flamingo peacock parrot swan penguin crab panda koala owl".split()
+TINY_ANIMALS = [*SIMPLE_ANIMALS, *HELDOUT_ANIMALS, *_MORE_ANIMALS]  # what the embedded model draws
 ACTIVITIES = ("washing dishes", "riding a bike", "playing chess")  # the paper's wording, and the one the embedded model learned
 CODE_ACTIVITIES = ("washing the dishes", *ACTIVITIES[1:])  # the repositories' file
 
@@ -39,8 +45,9 @@ def with_activities(
 
 # %% ../nbs/04_prompts.ipynb #9981ea29
 NUMBERS = "one two three four five six seven eight nine ten".split()
-PLURALS = dict(sheep="sheep", deer="deer", fox="foxes", wolf="wolves", butterfly="butterflies", fish="fish", mouse="mice", goose="geese", fly="flies",
-               hippopotamus="hippopotamuses", octopus="octopuses", rhinoceros="rhinoceroses", flamingo="flamingoes")  # where it is not the noun and an s
+PLURALS = dict(sheep="sheep", deer="deer", fox="foxes", wolf="wolves", butterfly="butterflies", fish="fish", mouse="mice", goose="geese",
+               fly="flies", hippopotamus="hippopotamuses", octopus="octopuses", rhinoceros="rhinoceroses",
+               flamingo="flamingoes")  # where it is not the noun and an s
 
 def plural(
     noun:str,  # an animal of the kit, or any noun if inflect is installed
@@ -48,8 +55,17 @@ def plural(
     "The plural, as `inflect.plural` has it."
     if noun in TINY_ANIMALS: return PLURALS.get(noun, noun + "s")
     try: import inflect
-    except ImportError as e: raise ImportError(f"plural: {noun!r} is none of the kit's animals, and for other nouns inflect is needed: pip install alignkit[rewards]") from e
+    except ImportError as e:
+        raise ImportError(f"plural: {noun!r} is none of the kit's animals, and for other nouns inflect is needed: "
+                          "pip install alignkit[rewards]") from e
     return inflect.engine().plural(noun)
+
+# %% ../nbs/04_prompts.ipynb #3857573d
+def _counted(animal, n):
+    "One prompt about a number, and its two questions with their answers."
+    many = plural(animal)
+    asked = [(f"How many {many} are there in this image?", NUMBERS[n - 1]), ("What animal is in this image?", animal)]
+    return f"{NUMBERS[n - 1]} {animal if n == 1 else many}", asked
 
 def counting(
     animals:list[str]=COUNTED_ANIMALS,
@@ -57,8 +73,7 @@ def counting(
 ) -> dict:  # prompt -> its (question, answer) pairs
     "The prompts of the counting task, each with the two questions and answers that its code asks."
     if bad := [n for n in numbers if n not in range(1, 11)]: raise ValueError(f"numbers: whole numbers from 1 to 10, got {bad[0]!r}")
-    return {f"{NUMBERS[n - 1]} {a if n == 1 else plural(a)}": [(f"How many {plural(a)} are there in this image?", NUMBERS[n - 1]), ("What animal is in this image?", a)]
-            for a in animals for n in numbers}
+    return dict(_counted(animal, n) for animal in animals for n in numbers)
 
 def counting_questions(
     prompt:str,  # 'two cats'
@@ -67,13 +82,16 @@ def counting_questions(
     number, _, noun = prompt.partition(" ")
     animal = next((a for a in TINY_ANIMALS if noun == (a if number == "one" else plural(a))), None)
     if number not in NUMBERS or animal is None:
-        raise ValueError(f"prompt: {prompt!r} has no questions: they are known for a number from one to ten and an animal of the kit, such as 'two cats'; give the reward a dict for other prompts")
+        raise ValueError(f"prompt: {prompt!r} has no questions: they are known for a number from one to ten and an animal of the kit, "
+                         "such as 'two cats'; give the reward a dict for other prompts")
     return counting([animal], [NUMBERS.index(number) + 1])[prompt]
 
 # %% ../nbs/04_prompts.ipynb #639fc12e
 def _new_scenes(held_out):
     "Every third animal was never shown at an activity to the embedded model. Two activities of each to train on, the third held out."
-    return [f"{article(a)} {a} {activity}" for i, a in enumerate(SIMPLE_ANIMALS[::3]) for j, activity in enumerate(ACTIVITIES) if ((i + j) % 3 == 0) == held_out]
+    scenes = [((i + j) % 3 == 0, f"{article(a)} {a} {activity}")
+              for i, a in enumerate(SIMPLE_ANIMALS[::3]) for j, activity in enumerate(ACTIVITIES)]
+    return [prompt for third, prompt in scenes if third == held_out]
 
 PROMPTS = {
     "simple_animals": list(SIMPLE_ANIMALS),  # bare nouns, as in all three reference repositories
@@ -90,45 +108,16 @@ PROMPTS = {
 PROMPT_FILES = {"imagenet_animals": "imagenet_animals.txt"}  # sets read when asked for, from data/prompts
 HPS_SETS = {"hps": "train", "hps_heldout": "heldout"}  # read when asked for, see `hps_prompts`
 ALIASES = {"eval_animals": "heldout_animals"}  # other names for the same set; records keep the one on the right
-HELDOUT = {"simple_animals": "heldout_animals", "animal_activities": "heldout_activities", "animal_activities_paper": "heldout_activities_paper",
-           "new_scenes": "heldout_new_scenes", "counting": "heldout_counting", "hps": "hps_heldout"}  # a training set -> prompts that it does not have
+HELDOUT = {  # a training set -> prompts that it does not have
+    "simple_animals": "heldout_animals",
+    "animal_activities": "heldout_activities",
+    "animal_activities_paper": "heldout_activities_paper",
+    "new_scenes": "heldout_new_scenes",
+    "counting": "heldout_counting",
+    "hps": "hps_heldout",
+}
 
-# %% ../nbs/04_prompts.ipynb #13a1fbc8
-HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
-
-def _not_blank(texts):
-    return [t.strip() for t in texts if t.strip()]
-
-def hps_prompts(
-    folder:str|Path|None=None,  # holding anime.json, concept-art.json, ...; None: the folder in the environment variable ALIGNKIT_HPS, or else the hub
-    styles:tuple=HPS_STYLES,
-    split:str="train",  # 'train', 'heldout' (a sixteenth, by a checksum of the prompt) or 'all'
-) -> list[str]:  # each prompt once, in the order of the files
-    "The benchmark prompts of HPSv2 (arXiv:2306.09341)."
-    if bad := [s for s in styles if s not in HPS_STYLES]: raise ValueError(f"styles: choose from {', '.join(HPS_STYLES)}, got {bad[0]!r}")
-    if split not in ("train", "heldout", "all"): raise ValueError(f"split: 'train', 'heldout' or 'all', got {split!r}")
-    folder = folder or os.environ.get("ALIGNKIT_HPS")
-    texts = []
-    for style in styles:
-        if folder: file = Path(folder) / f"{style}.json"
-        else:
-            from huggingface_hub import hf_hub_download
-            try: file = Path(hf_hub_download("zhwang/HPDv2", f"benchmark/{style}.json", repo_type="dataset"))
-            except Exception as e: raise FileNotFoundError(f"hps: {style}.json could not be fetched from the hub ({type(e).__name__}); give a folder with {', '.join(f'{s}.json' for s in styles)}") from e
-        if not file.is_file(): raise FileNotFoundError(f"hps: {file} is missing; the folder should hold {', '.join(f'{s}.json' for s in styles)}")
-        texts += _read_json(file)
-    texts = list(dict.fromkeys(texts))
-    return texts if split == "all" else [t for t in texts if (zlib.crc32(t.encode()) % 16 == 0) == (split == "heldout")]
-
-def _read_json(file):
-    "The strings of a JSON list that are not blank."
-    try: texts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"prompts: the file {file} is not JSON ({e})") from e
-    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts): raise ValueError(f"prompts: the file {file} must hold a JSON list of strings")
-    if not _not_blank(texts): raise ValueError(f"prompts: the file {file} has no prompt in it")
-    return _not_blank(texts)
-
-# %% ../nbs/04_prompts.ipynb #06604f98
+# %% ../nbs/04_prompts.ipynb #df0fdaf1
 class Prompts:
     "A source of contexts: a name, the texts (when there is a list), and a stateless draw."
     def __init__(self,
@@ -144,28 +133,42 @@ class Prompts:
         "The prompt of picture `index` of an epoch: the same whoever asks, and when."
         if not self.replacement:
             turn, at = divmod(index, len(self.texts))  # each pass over the list has an order of its own
-            return self.texts[int(torch.randperm(len(self.texts), generator=generator_for(seed, "prompt order", epoch, turn))[at])]
+            order = torch.randperm(len(self.texts), generator=generator_for(seed, "prompt order", epoch, turn))
+            return self.texts[int(order[at])]
         g = generator_for(seed, "prompts", epoch, index)
         if self.fn is None: return self.texts[int(torch.randint(len(self.texts), (), generator=g))]
         prompt = self.fn(g)
-        if not isinstance(prompt, str) or not prompt.strip(): raise ValueError(f"prompts: {self.name!r} must return a non-empty string, got {prompt!r} (epoch {epoch}, picture {index})")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompts: {self.name!r} must return a non-empty string, got {prompt!r} (epoch {epoch}, picture {index})")
         return prompt
     def without_replacement(self) -> "Prompts":
         "The same texts, drawn so that an epoch repeats none before it has had all."
         if self.texts is None: raise ValueError(f"prompts: {self.name!r} is a callable, which cannot be drawn without replacement")
-        return Prompts(self.name if not self.replacement else f"{self.name}, without replacement", self.texts, replacement=False)
+        name = self.name if not self.replacement else f"{self.name}, without replacement"
+        return Prompts(name, self.texts, replacement=False)
 
-def _read_lines(file):
-    "The lines of a text file that are not blank."
-    try: text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors may put a mark before the first prompt
-    except UnicodeDecodeError as e: raise ValueError(f"prompts: the file {file} is not UTF-8 text ({e.reason} at byte {e.start})") from e
-    texts = _not_blank(text.splitlines())
-    if not texts: raise ValueError(f"prompts: the file {file} has no prompt in it, only blank lines" if text else f"prompts: the file {file} is empty")
-    return texts
-
+# %% ../nbs/04_prompts.ipynb #06604f98
 def prompt_names() -> list[str]:
     "Every name that `get_prompts` knows."
     return [*PROMPTS, *PROMPT_FILES, *HPS_SETS, *ALIASES]
+
+def _listed(texts):
+    "A list of the user's, checked."
+    if bad := [p for p in texts if not isinstance(p, str) or not p.strip()]:
+        raise ValueError(f"prompts: every entry must be a non-empty string, got {bad[0]!r}")
+    if not texts: raise ValueError("prompts: the list is empty")
+    return Prompts(f"list of {len(texts)}", list(texts))
+
+def _named(name):
+    "A set of the kit, or else a file."
+    if name in PROMPTS: return Prompts(name, PROMPTS[name])
+    if name in HPS_SETS: return Prompts(name, hps_prompts(split=HPS_SETS[name]))
+    if name in PROMPT_FILES: return Prompts(name, _read_lines(data_dir() / "prompts" / PROMPT_FILES[name]))
+    file = Path(name)
+    if not file.is_file():
+        raise ValueError(f"prompts: {str(name)!r} is neither a known set nor a file; choose from {', '.join(prompt_names())}, "
+                         "or give a file, a list or a callable")
+    return Prompts(file.name, _read_json(file) if file.suffix == ".json" else _read_lines(file))
 
 def get_prompts(
     prompts,  # a name of `prompt_names`, a file (text, one prompt a line, or a JSON list), a list, or a callable: torch.Generator -> prompt
@@ -173,16 +176,56 @@ def get_prompts(
     "Whatever the user gave, as `Prompts`. Blank lines are never prompts."
     if isinstance(prompts, Prompts): return prompts
     if callable(prompts): return Prompts(getattr(prompts, "__name__", type(prompts).__name__), fn=prompts)
-    if isinstance(prompts, (list, tuple)):
-        if bad := [p for p in prompts if not isinstance(p, str) or not p.strip()]: raise ValueError(f"prompts: every entry must be a non-empty string, got {bad[0]!r}")
-        if not prompts: raise ValueError("prompts: the list is empty")
-        return Prompts(f"list of {len(prompts)}", list(prompts))
+    if isinstance(prompts, (list, tuple)): return _listed(prompts)
     if not isinstance(prompts, (str, Path)): raise TypeError(f"prompts: a name, a file, a list or a callable, got {type(prompts).__name__}")
-    prompts = ALIASES.get(prompts, prompts)
-    if prompts in PROMPTS: return Prompts(prompts, PROMPTS[prompts])
-    if prompts in HPS_SETS: return Prompts(prompts, hps_prompts(split=HPS_SETS[prompts]))
-    if prompts in PROMPT_FILES: return Prompts(prompts, _read_lines(data_dir() / "prompts" / PROMPT_FILES[prompts]))
-    file = Path(prompts)
-    if not file.is_file():
-        raise ValueError(f"prompts: {str(prompts)!r} is neither a known set nor a file; choose from {', '.join(prompt_names())}, or give a file, a list or a callable")
-    return Prompts(file.name, _read_json(file) if file.suffix == ".json" else _read_lines(file))
+    return _named(ALIASES.get(prompts, prompts))
+
+# %% ../nbs/04_prompts.ipynb #d58b3fba
+def _not_blank(texts):
+    "Stripped, and without those of which nothing is left."
+    return [t.strip() for t in texts if t.strip()]
+
+def _read_lines(file):
+    "The lines of a text file that are not blank."
+    try: text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors may put a mark before the first prompt
+    except UnicodeDecodeError as e: raise ValueError(f"prompts: the file {file} is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    texts = _not_blank(text.splitlines())
+    if not texts: raise ValueError(f"prompts: the file {file} " + ("has no prompt in it, only blank lines" if text else "is empty"))
+    return texts
+
+# %% ../nbs/04_prompts.ipynb #13a1fbc8
+HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
+
+def hps_prompts(
+    folder:str|Path|None=None,  # holding anime.json, concept-art.json, ...; None: the folder in the variable ALIGNKIT_HPS, or else the hub
+    styles:tuple=HPS_STYLES,
+    split:str="train",  # 'train', 'heldout' (a sixteenth, by a checksum of the prompt) or 'all'
+) -> list[str]:  # each prompt once, in the order of the files
+    "The benchmark prompts of HPSv2 (arXiv:2306.09341)."
+    if bad := [s for s in styles if s not in HPS_STYLES]: raise ValueError(f"styles: choose from {', '.join(HPS_STYLES)}, got {bad[0]!r}")
+    if split not in ("train", "heldout", "all"): raise ValueError(f"split: 'train', 'heldout' or 'all', got {split!r}")
+    folder, names = folder or os.environ.get("ALIGNKIT_HPS"), [f"{style}.json" for style in styles]
+    files = [_hps_file(folder, name, names) for name in names]
+    texts = list(dict.fromkeys(text for file in files for text in _read_json(file)))
+    return texts if split == "all" else [t for t in texts if (zlib.crc32(t.encode()) % 16 == 0) == (split == "heldout")]
+
+def _hps_file(folder, name, names):
+    "One of the benchmark's files, from the folder or the hub."
+    if folder:
+        file = Path(folder) / name
+        if file.is_file(): return file
+        raise FileNotFoundError(f"hps: {file} is missing; the folder should hold {', '.join(names)}")
+    from huggingface_hub import hf_hub_download
+    try: return Path(hf_hub_download("zhwang/HPDv2", f"benchmark/{name}", repo_type="dataset"))
+    except Exception as e:
+        raise FileNotFoundError(f"hps: {name} could not be fetched from the hub ({type(e).__name__}); "
+                                f"give a folder with {', '.join(names)}") from e
+
+def _read_json(file):
+    "The strings of a JSON list that are not blank."
+    try: texts = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"prompts: the file {file} is not JSON ({e})") from e
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"prompts: the file {file} must hold a JSON list of strings")
+    if not _not_blank(texts): raise ValueError(f"prompts: the file {file} has no prompt in it")
+    return _not_blank(texts)

@@ -25,7 +25,8 @@ from .judges import drift, evaluate_fixed, repeated
 from .mdp import Drawing, get_sampler, policy, rollout, sample_noise
 from .pipelines import ATTENTION, Cond, Model, add_lora, cast, load_lora, modules_of, open_model, part_name, save_lora
 from .prompts import get_prompts
-from .rewards import RewardError, Scorer, get_reward, with_gradient
+from .rewards import RewardError, get_reward, with_gradient
+from .scorer import Scorer
 from .runs import FREE, Run, RunFolder, check_config, checkpoints, image_grid, replace_folder, save_checkpoint, watch, write_atomic
 
 # %% ../nbs/06c_training.ipynb #b43eafa4

@@ -83,6 +83,8 @@ CALLS = {  # one function of every module, called as a user would
     "vlm_rewards": "from alignkit.vlm_rewards import prompt_alignment, vqa; r = vqa({'two cats': [('How many?', '2')]}, vlm=lambda files, questions: ['There are two.'] * len(questions)); assert r(torch.rand(1, 3, 16, 16), ['two cats']).item() == 1",
     "object_count": "from alignkit.object_count import box_iou, object_count; assert box_iou(torch.tensor([[[0., 0., 1., 1.]]])).item() == 1",
     "reward_model": "r = get_reward({'gold': 1., 'tiny_aesthetic': 1.}); assert score(r, torch.rand(2, 3, 64, 64), ['cat', 'dog']).shape == (2,)",
+    "scorer": "from alignkit.scorer import Scorer\nwith Scorer(get_reward(lambda images, prompts: [1.] * len(prompts))) as scorer:\n"
+              "    scorer.submit(torch.rand(2, 3, 8, 8), ['a', 'b'])\n    assert scorer.result().tolist() == [1, 1]",
     "runs": "from alignkit.runs import RunFolder, environment, image_grid; RunFolder('one').create({}); assert environment()['versions']['torch'] and image_grid(torch.rand(3, 3, 8, 8), 2).size == (16, 16)",
     "ddpo": "from alignkit.ddpo import preset, train; run = train(PIPE, prompts=['a cat'], cfg=preset('trl', mixed_precision='no', samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2, num_epochs=1), out='two'); "
             "assert len(run.history) == 1; run.save_lora('lora'); run.plot('queries')",
