@@ -39,7 +39,7 @@ def brightness(images, prompts):
 def small(**changes):
     "Four epochs of eight pictures; every part of the machinery is in use: several updates, ragged micro-batches, prompt statistics, evaluations."
     from alignkit.ddpo import DDPOConfig
-    return DDPOConfig(**{**dict(num_epochs=4, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=4, updates_per_epoch=2, micro_batch_size=6, eta=1.,
+    return DDPOConfig(**{**dict(num_epochs=4, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=4, updates_per_epoch=2, micro_batch_size=6, eta=1., fast="onednn",
                                 stats_buffer_size=8, stats_min_count=5, eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2), **changes})
 
 

@@ -1,13 +1,14 @@
 "AlignProp end to end, on a pipeline with random weights: the numerics contract holds as it does for DDPO."
 import json, os, signal
+from dataclasses import replace
 from unittest.mock import patch
 import pytest
 import torch
 from torch.testing import assert_close
-from alignkit import runs
-from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, kept_steps, preset, renoised_last_step, train
-from alignkit.mdp import generator_for
-from alignkit.pipelines import load
+from alignkit import training
+from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, kept_steps, one_step_rollout, preset, renoised_last_step, train
+from alignkit.mdp import generator_for, get_sampler, policy
+from alignkit.pipelines import Cond, open_model
 from alignkit.rewards import Reward, RewardError
 from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
 
@@ -17,7 +18,7 @@ red = Reward(brightness, "brightness", differentiable=True)
 def small(**changes):
     "Four epochs of eight pictures in two updates, with ragged micro-batches and evaluations."
     return AlignPropConfig(**{**dict(num_epochs=4, samples_per_epoch=8, updates_per_epoch=2, micro_batch_size=3, num_inference_steps=4, eta=1., eval_every=2, eval_samples=3, eval_prompts=("a cow",),
-                                     learning_rate=1e-2), **changes})
+                                     learning_rate=1e-2, fast="onednn"), **changes})
 
 
 def go(pipe_folder, out=None, reward=red, resume=False, callbacks=(), **changes):
@@ -141,10 +142,12 @@ def test_kill_and_resume(pipe_folder, unbroken_run, tmp_path, epoch):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains(pipe_folder, strategy):
     "Each moves the weights, keeps the steps it says, and the reward of the last evaluation is a number."
-    with patch("alignkit.alignprop.backprop_rollout", side_effect=backprop_rollout) as drawn: run = go(pipe_folder, strategy=strategy, truncation_k=2, guidance_scale=3., guidance_grad="text", num_epochs=2)
-    assert {call.kwargs["one_step"] for call in drawn.call_args_list} == {strategy == "refl"}  # which ends at its step
-    steps = [kept_steps(strategy, 4, generator_for(0, "kept", epoch, update), 2) & (strategy != "draft_lv") for epoch in range(2) for update in range(2) for _ in range(2)]  # two micro-batches an update; DRaFT-LV's own step comes after
-    assert torch.equal(torch.stack([call.args[4] for call in drawn.call_args_list]), torch.stack(steps))
+    with patch("alignkit.alignprop.backprop_rollout", side_effect=backprop_rollout) as drawn, patch("alignkit.alignprop.one_step_rollout", side_effect=one_step_rollout) as ended:
+        run = go(pipe_folder, strategy=strategy, truncation_k=2, guidance_scale=3., guidance_grad="text", num_epochs=2)
+    which = [(epoch, update) for epoch in range(2) for update in range(2) for _ in range(2)]  # two micro-batches an update
+    steps = [kept_steps(strategy, 4, generator_for(0, "kept", *at), 2) & (strategy != "draft_lv") for at in which]  # DRaFT-LV's own step comes after
+    if strategy == "refl": assert not drawn.called and [call.args[3] for call in ended.call_args_list] == [int(k.nonzero()) for k in steps]  # it ends at its step
+    else: assert not ended.called and torch.equal(torch.stack([call.args[2] for call in drawn.call_args_list]), torch.stack(steps))
     expected = dict(full={4}, last={2}, draft_lv={1}, refl={1}).get(strategy)
     if expected: assert set(run.history.kept_steps) == expected
     assert (run.history.grad_norm > 0).all() and run.history.skipped.max() == 0 and run.history.eval_reward_mean.notna().iloc[-1]
@@ -180,14 +183,14 @@ def test_a_reward_that_is_not_finite_leaves_the_update_out(pipe_folder):
 
 def test_loss_scaling_does_not_step_where_a_reward_failed(pipe_folder):
     "fp16's branch, with the scaler that a CPU has: an update with a NaN in one of its micro-batches is left out, the others are those of float32."
-    original = runs._accelerator
+    original = training._accelerator
     def scaling(precision):
         accelerator = original(precision)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.)
         return accelerator
     same = dict(num_epochs=1, eval_every=0, micro_batch_size=2, adam_weight_decay=0., updates_per_epoch=2, num_inference_steps=2)
     good = updates_of(lambda: go(pipe_folder, **same))
-    with patch("alignkit.runs._accelerator", scaling):
+    with patch("alignkit.training._accelerator", scaling):
         scaled = updates_of(lambda: go(pipe_folder, **same))
         run = {}
         seen = updates_of(lambda: run.update(run=go(pipe_folder, reward=failing_at(3, float("nan")), **same)))  # of four micro-batches, two an update
@@ -198,14 +201,14 @@ def test_loss_scaling_does_not_step_where_a_reward_failed(pipe_folder):
 
 def test_noise_of_draft_lv_survives_half_precision(pipe_folder):
     "The last step's noise is 4 % of the signal: in bf16 its factor must not be rounded to 0, or all copies are one."
-    pipe = load(pipe_folder)
-    pipe.scheduler.set_timesteps(4)
     seen, latents, noise = [], torch.randn(2, 4, 8, 8), torch.randn(2, 4, 4, 8, 8)
-    def unet(x, *args, **kwargs):
+    def spy(net, x, t, cond):
         seen.append(x)
-        return (x,)
-    renoised_last_step(unet, pipe.scheduler, latents.bfloat16(), torch.zeros(2, 3, 4), noise.bfloat16())
-    renoised_last_step(unet, pipe.scheduler, latents, torch.zeros(2, 3, 4), noise)
+        return x
+    model = replace(open_model(pipe_folder), predict=spy)
+    step = policy(model, None, get_sampler(model, 4), Cond(text=torch.zeros(6, 3, 4)))
+    renoised_last_step(model, step, latents.bfloat16(), noise.bfloat16())
+    renoised_last_step(model, step, latents, noise)
     assert seen[0].dtype == torch.bfloat16 and seen[1].dtype == torch.float32
     assert_close(seen[0].float() - latents.repeat(3, 1, 1, 1), seen[1] - latents.repeat(3, 1, 1, 1), rtol=0, atol=0.03)
     assert (seen[0][:2] - seen[0][2:4]).float().abs().mean() > 0.01

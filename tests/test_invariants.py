@@ -8,11 +8,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 import alignkit.ddpo as ddpo
-import alignkit.rewards as rewards
 import alignkit.runs as runs
+import alignkit.scorer as scorer
+import alignkit.training as training
 from alignkit.logprob import step_log_prob
-from alignkit.mdp import draw, rollout, sample_noise
-from alignkit.pipelines import add_lora, cast, encode, load
+from alignkit.mdp import draw, get_sampler, policy, rollout, sample_noise
+from alignkit.pipelines import add_lora, cast, load, modules_of, open_model
 from alignkit.rewards import Reward, RewardError
 from conftest import PROMPTS, assert_same_run, brightness, go, history, in_child, small, updates_of, weights
 
@@ -27,18 +28,18 @@ SMOOTH = dict(adam_epsilon=1e-3, num_epochs=2, eval_every=0)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_ratio_is_exactly_one_for_the_same_batch(pipe_folder, dtype, guidance_scale):
     "Invariants 5.3 and 5.4: with unchanged weights and the same batch the ratio is 1, not nearly 1, in every precision."
-    pipe = load(pipe_folder)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder): cast(part, dtype)
-    for p in add_lora(pipe.unet): torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))  # an adapter that does something
-    cfg = small(guidance_scale=guidance_scale, num_inference_steps=6)
-    B, S = 8, cfg.num_inference_steps
+    model = open_model(pipe_folder)
+    for part in modules_of(model.pipe): cast(part, dtype)
+    for p in add_lora(model.net): torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))  # an adapter that does something
+    B, S = 8, 6
     texts = [PROMPTS[i % 2] for i in range(B)]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        embeds, negative = encode(pipe, texts), encode(pipe, [""]) if guidance_scale != 1 else None
-        t = rollout(pipe.unet, pipe.scheduler, embeds, sample_noise(0, "rollout", 0, range(B), (S + 1, 4, 8, 8)).to(dtype), negative, guidance_scale, 1., step_log_prob)
+        empty = model.encode([None]) if guidance_scale != 1 else None
+        step = policy(model, model.net, get_sampler(model, S), model.encode(texts), empty, guidance_scale)
+        t = rollout(step, sample_noise(0, "rollout", 0, range(B), (S + 1, *model.latent_shape)).to(dtype), step_log_prob)
         assert t.latents.dtype == dtype and t.log_probs.dtype == torch.float32
         t.latents, t.log_probs = t.latents.clone(), t.log_probs.clone()
-        again = torch.stack([ddpo.pair_log_prob(pipe.unet, pipe.scheduler, t, torch.arange(B), torch.full((B,), s), embeds, negative, cfg) for s in range(S)], 1)
+        again = torch.stack([ddpo.pair_log_prob(step, t, torch.arange(B), torch.full((B,), s)) for s in range(S)], 1)
     _, info = ddpo.ddpo_is_loss(again.flatten(), t.log_probs.flatten(), torch.ones(B * S))
     assert again.requires_grad and again.dtype == torch.float32
     assert info["ratio"].eq(1).all(), f"largest |ratio - 1|: {(info['ratio'] - 1).abs().max():.1e}"
@@ -87,9 +88,9 @@ def test_recomputed_log_probs_cover_every_pass(pipe_folder, monkeypatch):
     "With a share of the steps each pass trains on others: in half precision the old log-probs of all of them come from the training path."
     pairs = {True: set(), False: set()}
     original = ddpo.pair_log_prob
-    def recording(unet, scheduler, trajectory, row, step, *args):
-        pairs[torch.is_grad_enabled()] |= set(zip(row.tolist(), step.tolist()))
-        return original(unet, scheduler, trajectory, row, step, *args)
+    def recording(step, walks, row, at, *args):
+        pairs[torch.is_grad_enabled()] |= set(zip(row.tolist(), at.tolist()))
+        return original(step, walks, row, at, *args)
     monkeypatch.setattr(ddpo, "pair_log_prob", recording)
     go(pipe_folder, mixed_precision="bf16", num_inner_epochs=3, timestep_fraction=0.5, num_epochs=1, eval_every=0)
     assert len(pairs[True]) > 8 * 2 and pairs[False] == pairs[True]  # more than one pass has
@@ -128,7 +129,7 @@ def test_samples_do_not_depend_on_the_batch(pipe_folder):
 def test_rewards_run_while_the_next_batch_is_drawn(pipe_folder, monkeypatch):
     "A reward that waits until the next batch is being drawn would wait for ever in a loop; it gets the rewards that it would get in turn."
     begun, calls = [threading.Event() for _ in range(3)], []
-    def rollout(*args, original=runs.rollout, **kwargs):
+    def rollout(*args, original=training.rollout, **kwargs):
         time.sleep(0.1)  # drawing goes on while a reward waits
         next(e for e in begun if not e.is_set()).set()
         return original(*args, **kwargs)
@@ -137,7 +138,7 @@ def test_rewards_run_while_the_next_batch_is_drawn(pipe_folder, monkeypatch):
         if not begun[min(len(calls), 2)].wait(60): raise TimeoutError("the next batch was never drawn")
         return brightness(images, prompts)
     turn = go(pipe_folder, sample_batch_size=3, num_epochs=1, eval_every=0).history
-    monkeypatch.setattr(runs, "rollout", rollout)
+    monkeypatch.setattr(training, "rollout", rollout)
     row = go(pipe_folder, reward=patient, sample_batch_size=3, num_epochs=1, eval_every=0).history.iloc[0]
     assert calls == [3, 3, 2]
     assert row.reward_mean == turn.reward_mean[0] and row.reward_work_s > row.reward_s + 0.1  # the first two rewards waited 0.1 s each, the run for the third alone
@@ -146,20 +147,20 @@ def test_rewards_run_while_the_next_batch_is_drawn(pipe_folder, monkeypatch):
 def test_drawing_does_not_depend_on_what_ran_before(pipe_folder):
     "Invariant 5.7: no draw touches or reads torch's global generator."
     pipe = load(pipe_folder)
-    torch.manual_seed(1); torch.rand(7); a = draw(pipe, PROMPTS, 3, num_inference_steps=3)
-    state = torch.get_rng_state(); b = draw(pipe, PROMPTS, 3, num_inference_steps=3)
+    torch.manual_seed(1); torch.rand(7); a = draw(pipe, PROMPTS, seed=3, num_inference_steps=3)
+    state = torch.get_rng_state(); b = draw(pipe, PROMPTS, seed=3, num_inference_steps=3)
     assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
 
 
 def test_zero_variance_gives_zero_advantages(pipe_folder):
     "Invariant 5.9: a reward that is always the same teaches nothing: no NaN, no advantage made of rounding errors, unchanged weights."
-    for per_prompt in (True, False):
+    for advantages in ddpo.ADVANTAGES:
         for value in (0.1, -1771.3):
             constant = Reward(lambda images, prompts: torch.full((len(prompts),), value), "constant")
-            seen = updates_of(lambda: go(pipe_folder, reward=constant, per_prompt_stats=per_prompt, samples_per_epoch=24, adam_weight_decay=0., num_epochs=2, eval_every=0))
+            seen = updates_of(lambda: go(pipe_folder, reward=constant, advantages=advantages, samples_per_epoch=24, adam_weight_decay=0., num_epochs=2, eval_every=0))
             assert seen.isfinite().all()
             start = torch.cat([p.detach().flatten() for p in add_lora(load(pipe_folder).unet)])
-            assert all(torch.equal(w, start) for w in seen), f"per_prompt_stats={per_prompt}, reward {value}: weights moved by {(seen - start).abs().max():.1e}"
+            assert all(torch.equal(w, start) for w in seen), f"advantages={advantages}, reward {value}: weights moved by {(seen - start).abs().max():.1e}"
         stats = ddpo.PromptStats(8, 3).advantages(["a"] * 3 + ["b"], [0.1] * 4)
         assert stats.abs().max() < 1e-6
 
@@ -210,9 +211,9 @@ def killed_while(moment, pipe_folder, out):
                 kill()
             return original(*args, **kwargs)
         setattr(module, name, wrapped)
-    def half_row(original, folder, row):
+    def half_row(original, history, row):
         line = ",".join(map(str, row.values()))
-        with open(folder.history_file, "a") as f: f.write(line[:len(line) // 2])
+        with open(history.file, "a") as f: f.write(line[:len(line) // 2])
     def half_base(original, path, text):
         path.write_text(text[:len(text) // 2])
     def half_file(original, state, path):
@@ -220,25 +221,25 @@ def killed_while(moment, pipe_folder, out):
         with open(path, "r+b") as f: f.truncate(path.stat().st_size // 2)
     def after(original, *args): original(*args)
     in_epoch_2 = lambda args, done: done == 2
-    if moment == "before the first sample": at_call(runs, "sample_noise", lambda args, done: True)
-    elif moment == "evaluating the base": at_call(runs, "evaluate_fixed", lambda args, done: True)
-    elif moment == "sampling": at_call(runs, "rollout", in_epoch_2)  # the first of two sampling batches is done by the second call
+    if moment == "before the first sample": at_call(training, "sample_noise", lambda args, done: True)
+    elif moment == "evaluating the base": at_call(training, "evaluate_fixed", lambda args, done: True)
+    elif moment == "sampling": at_call(training, "rollout", in_epoch_2)  # the first of two sampling batches is done by the second call
     elif moment == "sampling, second batch":
         seen = []
-        at_call(runs, "rollout", lambda args, done: done == 2 and (seen.append(1) or len(seen) == 2))
-    elif moment == "scoring": at_call(rewards, "score", in_epoch_2)
+        at_call(training, "rollout", lambda args, done: done == 2 and (seen.append(1) or len(seen) == 2))
+    elif moment == "scoring": at_call(scorer, "score", in_epoch_2)
     elif moment == "training":
         register_optimizer_step_post_hook(lambda *_: len(epochs) == 2 and kill())  # after the first of two updates
-    elif moment == "before the history": at_call(runs.RunFolder, "append", lambda args, done: done == 3)
-    elif moment == "writing the history": at_call(runs.RunFolder, "append", lambda args, done: done == 3, half_row)
-    elif moment == "after the history": at_call(runs.RunFolder, "append", lambda args, done: done == 3, after)
+    elif moment == "before the history": at_call(runs.History, "append", lambda args, done: done == 3)
+    elif moment == "writing the history": at_call(runs.History, "append", lambda args, done: done == 3, half_row)
+    elif moment == "after the history": at_call(runs.History, "append", lambda args, done: done == 3, after)
     elif moment == "writing the checkpoint": at_call(torch, "save", lambda args, done: done == 3, half_file)
     elif moment == "before the rename": at_call(os, "replace", lambda args, done: done == 3 and "epoch_" in str(args[1]))
     elif moment == "after the rename": at_call(os, "replace", lambda args, done: done == 3 and "epoch_" in str(args[1]), after)
     elif moment == "removing the oldest": at_call(shutil, "rmtree", lambda args, done: done == 3 and not str(args[0]).endswith(".part"),
                                                   lambda original, path: next(Path(path).glob("*.pt")).unlink())
     elif moment == "writing the adapter":
-        at_call(runs, "save_lora", lambda args, done: Path(args[1]).name == "lora",
+        at_call(training, "save_lora", lambda args, done: Path(args[1]).name == "lora",
                 lambda original, unet, path: (original(unet, path), next(Path(path).iterdir()).write_bytes(b"torn")))
     else: raise ValueError(moment)
     go(pipe_folder, out, callbacks=[count])
@@ -495,7 +496,7 @@ def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch
     "A wrong argument is named, with the values there are, before a picture is drawn; the run folder is not touched, so that the corrected call can use it."
     if "fp16" in words and torch.cuda.is_available(): pytest.skip("fp16 works on this machine")
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
-    for module, name in ((runs, "rollout"), (runs, "evaluate_fixed"), (runs, "add_lora")): monkeypatch.setattr(module, name, no_work)
+    for module, name in ((training, "rollout"), (training, "evaluate_fixed"), (training, "add_lora")): monkeypatch.setattr(module, name, no_work)
     arguments = {**dict(pipe=pipe_folder, reward=brightness, prompts=PROMPTS, cfg=small(), out=tmp_path / "run"), **case(tmp_path)}
     with pytest.raises(error) as caught: ddpo.train(**arguments)
     for word in words: assert word in str(caught.value)
@@ -507,7 +508,7 @@ def test_a_step_without_a_density_is_refused(pipe_folder):
     from diffusers import DDIMScheduler
     pipe = load(pipe_folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
-    with patch("alignkit.runs.rollout", side_effect=AssertionError("work was done")), pytest.raises(ValueError, match="set_alpha_to_one=True"): go(pipe, eval_every=0)
+    with patch("alignkit.training.rollout", side_effect=AssertionError("work was done")), pytest.raises(ValueError, match="set_alpha_to_one=True"): go(pipe, eval_every=0)
 
 
 def test_unknown_preset_lists_the_presets():

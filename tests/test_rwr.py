@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from alignkit import runs, rwr
-from alignkit.memory import plan
-from alignkit.pipelines import encode, load
+from alignkit import rwr, training
+from alignkit.pipelines import Cond, Model, load, open_model
 from alignkit.rewards import Reward, RewardError
 from alignkit.rwr import PRESETS, RWRConfig, denoising_loss, preset, regression_draws, rwr_weights, sparse_weights, train, update_groups
 from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
@@ -19,7 +18,7 @@ named = Reward(brightness, "brightness")
 def small(**changes):
     "Four epochs of eight pictures, two passes of two updates, with ragged batches and evaluations."
     return RWRConfig(**{**dict(num_epochs=4, samples_per_epoch=8, sample_batch_size=5, updates_per_epoch=2, num_inner_epochs=2, micro_batch_size=3, num_inference_steps=4, beta=50.,
-                               eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2), **changes})
+                               eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2, fast="onednn"), **changes})
 
 
 def go(pipe_folder, out=None, reward=named, resume=False, callbacks=(), **changes):
@@ -100,18 +99,19 @@ def test_the_loss_is_the_definition(pipe_folder, kind, guidance_scale):
     "Picture by picture, from two plain UNet calls; the gradient reaches both branches of guidance."
     pipe = load(pipe_folder)
     pipe.scheduler.register_to_config(prediction_type=kind)
-    embeds, negative = encode(pipe, PROMPTS), encode(pipe, [""])
+    model = open_model(pipe)
+    cond, empty = model.encode(PROMPTS), model.encode([None])
     x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t, w = torch.tensor([0, 700]), torch.tensor([0.3, 2.])
     p = pipe.unet.conv_out.weight.requires_grad_(True)
-    loss = denoising_loss(pipe.unet, pipe.scheduler, x0, t, noise, embeds, w, negative, guidance_scale)
+    loss = denoising_loss(model, model.net, x0, t, noise, cond, w, empty, guidance_scale)
     expected = []
     for b in range(2):
         ab = pipe.scheduler.alphas_cumprod[t[b]]
         noisy = ab**0.5 * x0[b:b+1] + (1 - ab)**0.5 * noise[b:b+1]
-        cond, uncond = (pipe.unet(noisy, t[b], e).sample for e in (embeds[b:b+1], negative))
+        text, uncond = (pipe.unet(noisy, t[b], e["text"]).sample for e in (cond[b:b+1], empty))
         target = dict(epsilon=noise[b], sample=x0[b], v_prediction=ab**0.5 * noise[b] - (1 - ab)**0.5 * x0[b])[kind]
-        expected.append(w[b] * ((uncond + guidance_scale * (cond - uncond) - target)**2).mean())
+        expected.append(w[b] * ((uncond + guidance_scale * (text - uncond) - target)**2).mean())
     assert loss.shape == (2,)
     assert_close(loss, torch.stack(expected), rtol=1e-4, atol=1e-5)
     grads = [torch.autograd.grad(l, p)[0] for l in (loss.sum(), sum(expected))]
@@ -121,10 +121,13 @@ def test_the_loss_is_the_definition(pipe_folder, kind, guidance_scale):
 def test_half_precision_keeps_targets_and_loss_in_float32(pipe_folder):
     "The network sees half precision; what it is held against does not."
     seen = {}
-    class Net:
-        def __call__(self, x, t, embeds, return_dict): seen["x"] = x; return (torch.zeros_like(x),)
+    def predict(net, x, t, cond):
+        seen["x"] = x
+        return torch.zeros_like(x)
+    model = Model(None, None, open_model(pipe_folder).scheduler, "epsilon", (4, 8, 8), None, predict, None, (), {})
     noise = torch.randn(2, 4, 8, 8)
-    loss = denoising_loss(Net(), load(pipe_folder).scheduler, torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), noise, torch.zeros(2, 3, 5), dtype=torch.bfloat16)
+    cond = Cond(text=torch.zeros(2, 3, 5))
+    loss = denoising_loss(model, None, torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), noise, cond, dtype=torch.bfloat16)
     assert seen["x"].dtype == torch.bfloat16 and loss.dtype == torch.float32
     assert_close(loss, noise.square().flatten(1).mean(1))
 
@@ -185,22 +188,23 @@ def test_a_memory_budget_chooses_the_settings(pipe_folder, whole, tmp_path, caps
 
 def test_the_gradient_is_the_weighted_mean(pipe_folder):
     "The first update's gradient, from the run's own rewards and latents: the mean over its pictures of weight times error."
-    from alignkit.mdp import rollout, sample_noise
-    from alignkit.pipelines import add_lora, decode
+    from alignkit.mdp import get_sampler, policy, rollout, sample_noise
+    from alignkit.pipelines import add_lora
     cfg = small(num_epochs=1, updates_per_epoch=2, num_inner_epochs=1, eval_every=0, max_grad_norm=1e9)
     norms = []
     go(pipe_folder, num_epochs=1, updates_per_epoch=2, num_inner_epochs=1, eval_every=0, max_grad_norm=1e9, learning_rate=1e-12, callbacks=[lambda run, row: norms.append(row["grad_norm"])])
     from alignkit.prompts import get_prompts
-    pipe, prompts = load(pipe_folder), get_prompts(PROMPTS)
-    params = add_lora(pipe.unet, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    model, prompts = open_model(pipe_folder), get_prompts(PROMPTS)
+    params = add_lora(model.net, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     texts = [prompts.sample(0, 0, i) for i in range(8)]
-    embeds = encode(pipe, texts)
-    x0 = rollout(pipe.unet, pipe.scheduler, embeds, sample_noise(0, "rollout", 0, range(8), (5, 4, 8, 8))).latents[:, -1].clone()
-    w = torch.tensor(reference_weights(brightness(decode(pipe, x0).detach(), texts).double().numpy(), 50.))
+    cond = model.encode(texts)
+    step = policy(model, model.net, get_sampler(model, 4), cond)
+    x0 = rollout(step, sample_noise(0, "rollout", 0, range(8), (5, 4, 8, 8))).latents[:, -1].clone()
+    w = torch.tensor(reference_weights(brightness(model.decode(x0).detach(), texts).double().numpy(), 50.))
     expected = []
     for group in update_groups(list(range(8)), cfg, 0, 0):
         t, noise = regression_draws(group, (4, 8, 8), 1000, 0, 0, 0)
-        out = pipe.unet(pipe.scheduler.add_noise(x0[group], noise, t), t, embeds[group]).sample
+        out = model.net(model.scheduler.add_noise(x0[group], noise, t), t, cond["text"][group]).sample
         grads = torch.autograd.grad((w[group] * ((out - noise)**2).mean((1, 2, 3))).mean(), params)
         expected.append(torch.cat([g.flatten() for g in grads]).norm())
     assert_close(norms[0], torch.stack(expected).mean().item(), rtol=1e-3, atol=0)
@@ -357,7 +361,7 @@ def test_history_and_adapter(pipe_folder, unbroken_run):
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch, cfg, words):
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
-    for module, name in ((runs, "rollout"), (runs, "evaluate_fixed"), (runs, "add_lora")): monkeypatch.setattr(module, name, no_work)
+    for module, name in ((training, "rollout"), (training, "evaluate_fixed"), (training, "add_lora")): monkeypatch.setattr(module, name, no_work)
     with pytest.raises(ValueError) as error: go(pipe_folder, tmp_path / "run", **cfg)
     for word in words: assert word in str(error.value)
     assert not (tmp_path / "run").exists()
