@@ -308,7 +308,7 @@ RULES = (upward, circles, bad_tables, later_names, method_names, method_to_metho
 # ---- the drawing
 
 CHAPTERS = {  # from this number on
-    "00": "pictures",
+    "00": "tools",
     "01": "model and sampler",
     "05": "rewards",
     "06": "runs and training",
@@ -331,10 +331,12 @@ def needed(graph):
 def drawing(house):
     "The house as a Mermaid flowchart, an arrow from each page to those that import it; below it the tables, in words."
     if bad := [*upward(house), *circles(house)]: raise ValueError("the house cannot be drawn:\n" + "\n".join(map(str, bad)))
-    lines = ["```mermaid", "flowchart TB"]
-    for part in dict.fromkeys(map(chapter, house.pages.values())):
+    lines, above = ["```mermaid", "flowchart TB"], []
+    for k, part in enumerate(dict.fromkeys(map(chapter, house.pages.values()))):
         inside = [m for m, notebook in house.pages.items() if chapter(notebook) == part]
-        lines += [f'  subgraph "{part}"', *(f'    {m}["{house.pages[m].replace("_", " ", 1)}"]' for m in inside), "  end"]
+        lines += [f'  subgraph part{k} ["{part}"]', *(f'    {m}["{house.pages[m].replace("_", " ", 1)}"]' for m in inside), "  end"]
+        lines += [f"  {above[-1]} ~~~ {inside[0]}"] if above else []  # unseen: a chapter stands below the one before it
+        above = inside
     for module, others in needed(arrows(house)).items(): lines += [f"  {other} --> {module}" for other in others]
     lines += ["```", ""]
     for name, (home, pairs) in tables(house).items():
