@@ -1,16 +1,44 @@
-# make demo: every method on the embedded pipeline, one plot    make test: everything CI runs
+# make help lists the commands
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE ?= 1
-.PHONY: demo test readme
+.DEFAULT_GOAL := help
+.PHONY: help demo test fast check t export house readme
 
-demo: .venv/ready
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
+BOTH_CORES = -n 2 --dist worksteal
+FAST = test_house or change_nothing or has_its_module or stand_alone or light or readme or \
+       softmax_weights or sparse_weights or bad_weights or test_groups or jackknife or bitsandbytes or preset_lists or tasks_are_refused or 00_show or 03_logprob
+CHECK = test_house or change_nothing or has_its_module or stand_alone or light or readme
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+
+demo: .venv/ready  ## every method on the embedded pipeline, one plot
 	.venv/bin/python -m alignkit.curves --short --out runs/demo
 
-test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -q -n 2 --dist worksteal --durations=8
+test: .venv/ready  ## everything CI runs: every notebook, every test
+	$(PYTEST) tests $(BOTH_CORES) --durations=8
 
-readme: .venv/ready
+fast: .venv/ready  ## under a minute: the wall, imports, clean and export, pure functions, two pages
+	$(PYTEST) tests $(BOTH_CORES) -k "$(FAST)"
+
+check: .venv/ready  ## what a change must leave in order: the wall, the house, clean and export, README
+	.venv/bin/python tests/wall.py
+	$(PYTEST) tests/test_house.py tests/test_package.py $(BOTH_CORES) -k "$(CHECK)"
+
+t: .venv/ready  ## the tests and notebooks whose name matches: make t K=ratio, make t K=03_logprob
+	$(if $(K),,$(error K: a part of a name, as in make t K=ratio))
+	$(PYTEST) tests --durations=5 -k "$(K)"
+
+export: .venv/ready  ## clean the notebooks and write alignkit/ from them
+	.venv/bin/nbdev_clean
+	.venv/bin/nbdev_export
+
+house: .venv/ready  ## draw the imports into CONTRIBUTING.md
+	.venv/bin/python tests/house.py
+
+readme: .venv/ready  ## write README.md from nbs/index.ipynb
 	.venv/bin/python nbs/make_readme.py
 
 .venv/ready: settings.ini setup.py constraints.txt
