@@ -194,11 +194,11 @@ clip_diversity_all = Reward(_Diversity(False))
 
 # %% ../nbs/05_rewards.ipynb #113bb099
 REWARDS = {
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
-    "clip_named": clip_named,
-    "clip_diversity": clip_diversity,
-    "clip_diversity_all": clip_diversity_all,
+    "jpeg_compressibility": "alignkit.rewards:jpeg_compressibility",
+    "jpeg_incompressibility": "alignkit.rewards:jpeg_incompressibility",
+    "clip_named": "alignkit.rewards:clip_named",
+    "clip_diversity": "alignkit.rewards:clip_diversity",
+    "clip_diversity_all": "alignkit.rewards:clip_diversity_all",
     "aesthetic": "alignkit.clip_rewards:aesthetic",
     "clip_similarity": "alignkit.clip_rewards:clip_similarity",
     "gold": "alignkit.reward_model:gold",
@@ -211,7 +211,7 @@ REWARDS = {
     "tiny_aesthetic": "alignkit.reward_model:tiny_aesthetic",
     "tiny_alignment": "alignkit.reward_model:tiny_alignment",
     "vqa": "alignkit.vlm_rewards:vqa",
-}  # name -> a reward, or "module:function": a reward (images, prompts), or a function without arguments that builds one
+}  # name -> "module:function": a reward (images, prompts), or a function without arguments that builds one; a callable of your own will do too
 UNITS = {
     "jpeg_compressibility": "kB",
     "jpeg_incompressibility": "kB",
