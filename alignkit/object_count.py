@@ -38,11 +38,13 @@ def kept(
         result.append(k)
     return torch.stack(result, 1)
 
+# %% ../nbs/05c_object_count.ipynb #e5bcfd24
 def _strongest(logits, boxes, n):
     "The `n` boxes with the largest logits, in falling order, and their logits."
     strength, order = logits.topk(min(n, logits.shape[1]), dim=1)
     return strength, boxes.gather(1, order[..., None].expand(-1, -1, 4))
 
+@torch.no_grad()
 def hard_count(
     logits:Tensor,  # (B, P)
     boxes:Tensor,  # (B, P, 4)
@@ -51,10 +53,10 @@ def hard_count(
     max_boxes:int=100,  # the strongest that are looked at
 ) -> Tensor:  # (B,) whole numbers, float32
     "How many objects were found: score threshold and greedy non-maximum suppression."
-    with torch.no_grad():
-        strength, boxes = _strongest(logits, boxes, max_boxes)
-        counts = (strength.sigmoid() > threshold).float()
-        return (counts if iou_threshold is None else kept(counts, (box_iou(boxes) > iou_threshold).float())).sum(1)
+    strength, boxes = _strongest(logits, boxes, max_boxes)
+    counts = (strength.sigmoid() > threshold).float()
+    if iou_threshold is None: return counts.sum(1)
+    return kept(counts, (box_iou(boxes) > iou_threshold).float()).sum(1)
 
 # %% ../nbs/05c_object_count.ipynb #c7bb0b69
 def soft_count(
@@ -82,21 +84,32 @@ def load_detector(
     try:
         with quiet():
             kind = AutoConfig.from_pretrained(detector).model_type
-            if kind != "owlvit": raise ValueError(f"detector: {str(detector)!r} is a {kind} model; an owlvit is needed (such as 'google/owlvit-base-patch32')")
-            model, processor = OwlViTForObjectDetection.from_pretrained(detector, dtype=torch.float32), AutoProcessor.from_pretrained(detector)
+            if kind != "owlvit":
+                example = "such as 'google/owlvit-base-patch32'"
+                raise ValueError(f"detector: {str(detector)!r} is a {kind} model; an owlvit is needed ({example})")
+            model = OwlViTForObjectDetection.from_pretrained(detector, dtype=torch.float32)
+            processor = AutoProcessor.from_pretrained(detector)
     except OSError as e:
-        raise FileNotFoundError(f"detector: cannot load {str(detector)!r}; give a folder written by save_pretrained, or the id of a model on the hub ({str(e).splitlines()[0]})") from e
+        ways = "give a folder written by save_pretrained, or the id of a model on the hub"
+        raise FileNotFoundError(f"detector: cannot load {str(detector)!r}; {ways} ({str(e).splitlines()[0]})") from e
     return model.to(device or "cpu").eval().requires_grad_(False), processor
 
+# %% ../nbs/05c_object_count.ipynb #63680603
 def preprocess(
     images:Tensor,  # (B, 3, H, W) float in [0, 1]
     processor,  # of `load_detector`
 ) -> Tensor:  # (B, 3, h, w) as the detector takes them; differentiable
     "What OWL-ViT's processor does, on floats."
     p = processor.image_processor
-    x = F.interpolate(images, size=(p.size["height"], p.size["width"]), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    size = p.size["height"], p.size["width"]
+    x = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (p.image_mean, p.image_std))
     return (x - mean) / std
+
+def _corners(centred):
+    "Boxes (..., 4) given by centre and size, as left, top, right, bottom."
+    centre, size = centred[..., :2], centred[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], -1)
 
 def detect(
     model, processor,  # from `load_detector`
@@ -104,10 +117,10 @@ def detect(
     queries:list[str],  # B texts: what to look for in each picture
 ) -> tuple[Tensor, Tensor]:  # logits (B, P) and boxes (B, P, 4) as shares of the picture; differentiable
     "A logit and a box from every patch."
-    text = processor.tokenizer(queries, padding="max_length", truncation=True, max_length=model.config.text_config.max_position_embeddings, return_tensors="pt").to(images.device)
+    length = model.config.text_config.max_position_embeddings
+    text = processor.tokenizer(queries, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(images.device)
     out = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=preprocess(images, processor))
-    centre, size = out.pred_boxes[..., :2], out.pred_boxes[..., 2:]
-    return out.logits[..., 0], torch.cat([centre - size / 2, centre + size / 2], -1)
+    return out.logits[..., 0], _corners(out.pred_boxes)
 
 # %% ../nbs/05c_object_count.ipynb #9650130a
 def query_of(
@@ -115,7 +128,8 @@ def query_of(
 ) -> str:  # 'a photo of cats'
     "What to look for: the prompt without its leading number, in the form OWL-ViT was trained on."
     first, _, rest = prompt.strip().partition(" ")
-    return f"a photo of {rest if rest and normalize_answer(first) and normalize_answer(first)[0].isdigit() else prompt.strip()}"
+    words = normalize_answer(first)
+    return f"a photo of {rest if rest and words and words[0].isdigit() else prompt.strip()}"
 
 def number_of(
     prompt:str,  # 'two cats'
@@ -127,8 +141,12 @@ def number_of(
     if len(words) != 1 or not words[0].isdigit(): raise ValueError(f"the prompt {prompt!r} does not begin with a number such as 'two'")
     return float(words[0])
 
-number_in_prompt = Reward(lambda images, prompts: torch.tensor([number_of(p) for p in prompts], device=images.device), "number_in_prompt", differentiable=True)  # its gradient is 0, so a difference with it keeps its own
+def _numbers(images, prompts):
+    return torch.tensor([number_of(p) for p in prompts], device=images.device)
 
+number_in_prompt = Reward(_numbers, "number_in_prompt", differentiable=True)  # its gradient is 0, so a difference with it keeps its own
+
+# %% ../nbs/05c_object_count.ipynb #b75d9a93
 def object_count(
     detector:str="google/owlvit-base-patch32",  # folder or hub id of an OWL-ViT
     query=query_of,  # what to look for: a text, or a function: prompt -> text
@@ -140,10 +158,15 @@ def object_count(
     device=None,  # None: where the images are
     batch_size:int=8,
 ) -> Reward:  # objects
-    "The number of objects that a detector finds (AlignProp's controllability task, arXiv:2310.03739): `-abs(object_count(...) - 3)` is largest for three."
+    "The number of objects that a detector finds (AlignProp's task, arXiv:2310.03739): `-abs(object_count(...) - 3)` is largest for three."
     if not 0 < threshold < 1: raise ValueError(f"threshold: a score between 0 and 1, got {threshold}")
-    if temperature <= 0 or iou_temperature <= 0: raise ValueError(f"temperature, iou_temperature: must be > 0 (soft=False gives the hard count), got {temperature}, {iou_temperature}")
+    if temperature <= 0 or iou_temperature <= 0:
+        got = f"{temperature}, {iou_temperature}"
+        raise ValueError(f"temperature, iou_temperature: must be > 0 (soft=False gives the hard count), got {got}")
     loaded = []
+    def count(logits, boxes):
+        if soft: return soft_count(logits, boxes, threshold, temperature, iou_threshold, iou_temperature)
+        return hard_count(logits, boxes, threshold, iou_threshold)
     def fn(images, prompts):
         check_images(images)
         if len(images) != len(prompts): raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
@@ -153,7 +176,7 @@ def object_count(
         with torch.set_grad_enabled(soft and torch.is_grad_enabled() and images.requires_grad):
             parts = []
             for i in range(0, len(images), batch_size):
-                found = detect(model, processor, images[i:i + batch_size].to(model.device, torch.float32), queries[i:i + batch_size])
-                parts.append(soft_count(*found, threshold, temperature, iou_threshold, iou_temperature) if soft else hard_count(*found, threshold, iou_threshold))
+                batch = images[i:i + batch_size].to(model.device, torch.float32)
+                parts.append(count(*detect(model, processor, batch, queries[i:i + batch_size])))
             return torch.cat(parts).to(images.device)
     return Reward(fn, "object_count" if soft else "object_count_hard", differentiable=soft)

@@ -36,13 +36,13 @@ def quiet():
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
     logs = (diffusers_log, transformers_log)
-    level = transformers_log.get_verbosity()
+    level, bars = transformers_log.get_verbosity(), [log for log in logs if log.is_progress_bar_enabled()]
     transformers_log.set_verbosity_error()
     for log in logs: log.disable_progress_bar()
     try: yield
     finally:
         transformers_log.set_verbosity(level)
-        for log in logs: log.enable_progress_bar()
+        for log in bars: log.enable_progress_bar()  # those that were on: a block inside another leaves them off
 
 def cast(
     module:nn.Module,

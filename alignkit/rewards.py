@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 import torch.nn.functional as F
 from torch import Tensor
-from .pipelines import data_dir, lookup, quiet
+from .clip_files import read_clip, read_tokenizer
+from .pipelines import lookup
 from .prompts import TINY_ANIMALS, article
 
 # %% ../nbs/05_rewards.ipynb #14b457c3
@@ -118,10 +119,7 @@ def load_clip(
     folder:str|None=None,  # of a CLIPModel with its processor; None: the kit's small one
 ):  # (CLIPModel, CLIPTokenizer), frozen
     "A CLIP for judging pictures."
-    from transformers import CLIPModel, CLIPTokenizer
-    folder = folder or data_dir() / "tiny-clip"
-    with quiet(): clip, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32), CLIPTokenizer.from_pretrained(folder)
-    return clip.eval().requires_grad_(False), tokenizer
+    return read_clip(folder or "tiny"), read_tokenizer(folder or "tiny")
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -75,6 +75,7 @@ CALLS = {  # one function of every module, called as a user would
     "mdp": "from alignkit.mdp import draw; assert tuple(draw(pipe, ['a cat', 'a dog'], num_inference_steps=2, guidance_scale=2.).shape) == (2, 3, 32, 32)",
     "logprob": "import torch; from alignkit.logprob import step_log_prob; assert abs(step_log_prob(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 1)).item() + 0.9189385) < 1e-6",
     "prompts": "from alignkit.prompts import get_prompts; assert len(get_prompts('simple_animals').texts) == 45 and get_prompts(['a', 'b']).sample(0, 0, 0) in 'ab'",
+    "clip_files": "from alignkit.clip_files import read_clip, read_tokenizer; assert not read_clip().training and read_tokenizer().model_max_length == 16",
     "rewards": "from alignkit.rewards import get_reward, score; r = get_reward({'jpeg_compressibility': 1., 'jpeg_incompressibility': 1.}); assert score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).tolist() == [0, 0]",
     "jpeg_soft": "r = get_reward('jpeg_soft'); assert r.differentiable and score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).shape == (2,)",
     "clip_rewards": "r = get_reward('clip_similarity'); assert score(r, torch.rand(2, 3, 64, 64), ['a cat', 'a dog']).abs().max() <= 1",
