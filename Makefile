@@ -7,9 +7,10 @@ export HF_HUB_OFFLINE ?= 1
 
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
 BOTH_CORES = -n 2 --dist worksteal
-FAST = test_house or change_nothing or has_its_module or stand_alone or light or readme or \
-       softmax_weights or sparse_weights or bad_weights or test_groups or jackknife or bitsandbytes or preset_lists or tasks_are_refused or 00_show or 03_logprob
 CHECK = test_house or change_nothing or has_its_module or stand_alone or light or readme
+FAST = $(CHECK) or 00_show or 04_prompts or ratio_is_exactly_one or depend_on_the_batch or see_pictures_in_0_1 or \
+       loss_is_the_definition or softmax_weights or sparse_weights or bad_weights or test_groups or jackknife or \
+       bitsandbytes or preset_lists or tasks_are_refused
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -20,7 +21,7 @@ demo: .venv/ready  ## every method on the embedded pipeline, one plot
 test: .venv/ready  ## everything CI runs: every notebook, every test
 	$(PYTEST) tests $(BOTH_CORES) --durations=8
 
-fast: .venv/ready  ## under a minute: the wall, imports, clean and export, pure functions, two pages
+fast: .venv/ready  ## under a minute: the wall, imports, clean and export, ratio 1, pure functions, two pages
 	$(PYTEST) tests $(BOTH_CORES) -k "$(FAST)"
 
 check: .venv/ready  ## what a change must leave in order: the wall, the house, clean and export, README
