@@ -7,6 +7,7 @@ __all__ = ['HEAD_FILES', 'HPS_FILES', 'crop_pixels', 'pad_pixels', 'pil_pixels',
            'affine_head', 'aesthetic', 'hps', 'hps_v2']
 
 # %% ../nbs/05a_clip_rewards.ipynb #fb18a8db
+from functools import cache
 import html, re
 import torch
 import torch.nn.functional as F
@@ -69,13 +70,13 @@ class ClipJudge:
         device=None,  # None: where the pictures are
         batch_size:int=32,
     ):
-        self.read, self.pixels, self.source, self.device, self.batch_size = read, pixels, tokenizer, device, batch_size
-        self.model = self.tokenizer = None
+        self.pixels, self.device, self.batch_size = pixels, device, batch_size
+        self.read = cache(lambda: read().eval().requires_grad_(False))
+        self.tokenizer = cache(lambda: read_tokenizer(tokenizer, self.read().config.text_config.max_position_embeddings))
 
     def load(self, device=None):  # CLIPModel
         "The CLIP, read if this is the first call, on `device`."
-        if self.model is None: self.model = self.read().eval().requires_grad_(False)
-        return self.model if device is None else self.model.to(device)
+        return self.read() if device is None else self.read().to(device)
 
     def images(self, images:Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1] -> (B, d), unit length; with a graph if `images` has one
         "Pictures in CLIP's joint space, for CLIPs with OpenAI's colour statistics (all of OpenAI's and LAION's)."
@@ -89,10 +90,9 @@ class ClipJudge:
     def texts(self, prompts:list[str]) -> Tensor:  # (B, d), unit length
         "Prompts in CLIP's joint space, each different one embedded once; what is past the model's length is cut off."
         clip, n = self.load(), self.batch_size
-        if self.tokenizer is None: self.tokenizer = read_tokenizer(self.source, clip.config.text_config.max_position_embeddings)
         row = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
         each = list(row)
-        v = torch.cat([embed_texts(clip, self.tokenizer, each[i:i + n]) for i in range(0, len(each), n)])
+        v = torch.cat([embed_texts(clip, self.tokenizer(), each[i:i + n]) for i in range(0, len(each), n)])
         return v[[row[p] for p in prompts]]
 
 # %% ../nbs/05a_clip_rewards.ipynb #fe7e7e16
@@ -119,7 +119,7 @@ def _similarity(
         if isinstance(prompts, str) or len(prompts) != len(images):
             raise ValueError(f"prompts: a list of {len(images)}, one per picture, got {prompts!r:.80}")
         u = judge.images(images)
-        return scale(judge.model) * (u * judge.texts([clean(p) for p in prompts])).sum(1)
+        return scale(judge.load()) * (u * judge.texts([clean(p) for p in prompts])).sum(1)
     reward = Reward(fn, name, differentiable)
     reward.judge = judge
     return reward
@@ -187,15 +187,11 @@ def aesthetic(
     "LAION's aesthetic score (sac+logos+ava1-l14-linearMSE): one affine map on the unit embedding of a CLIP."
     find_file(head, HEAD_FILES, "head")
     judge = ClipJudge(lambda: read_clip(clip), _pixels(preprocess, mode, antialias), None, device, batch_size)
-    affine = []  # w and b, read at the first call
+    read_head = cache(lambda: affine_head(read_weights(fetch_file(head, HEAD_FILES, "head"))))
     def fn(images, prompts=None):
-        u = judge.images(images)
-        if not affine:
-            w, b = affine_head(read_weights(fetch_file(head, HEAD_FILES, "head")))
-            if len(w) != u.shape[1]:
-                raise ValueError(f"head: {head} takes embeddings of width {len(w)}, but the CLIP {clip} gives {u.shape[1]}")
-            affine.extend((w, b))
-        w, b = affine
+        u, (w, b) = judge.images(images), read_head()
+        if len(w) != u.shape[1]:
+            raise ValueError(f"head: {head} takes embeddings of width {len(w)}, but the CLIP {clip} gives {u.shape[1]}")
         return u @ w.to(u) + b.to(u)
     reward = Reward(fn, "aesthetic", preprocess == "float")
     reward.judge = judge

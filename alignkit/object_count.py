@@ -7,6 +7,7 @@ __all__ = ['number_in_prompt', 'box_iou', 'kept', 'hard_count', 'soft_count', 'l
            'number_of', 'object_count']
 
 # %% ../nbs/05c_object_count.ipynb #5e8213f6
+from functools import cache
 import math
 import torch
 import torch.nn.functional as F
@@ -163,15 +164,14 @@ def object_count(
     if temperature <= 0 or iou_temperature <= 0:
         got = f"{temperature}, {iou_temperature}"
         raise ValueError(f"temperature, iou_temperature: must be > 0 (soft=False gives the hard count), got {got}")
-    loaded = []
+    read = cache(lambda device: load_detector(detector, device))
     def count(logits, boxes):
         if soft: return soft_count(logits, boxes, threshold, temperature, iou_threshold, iou_temperature)
         return hard_count(logits, boxes, threshold, iou_threshold)
     def fn(images, prompts):
         check_images(images)
         if len(images) != len(prompts): raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        if not loaded: loaded.extend(load_detector(detector, device or images.device))
-        model, processor = loaded
+        model, processor = read(device or images.device)
         queries = [query if isinstance(query, str) else query(p) for p in prompts]
         with torch.set_grad_enabled(soft and torch.is_grad_enabled() and images.requires_grad):
             parts = []

@@ -10,6 +10,7 @@ __all__ = ['QUESTION', 'REFERENCE', 'BUSY', 'encode_images', 'decode_image', 'Lo
 import asyncio, base64, importlib, io, re, time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 import torch
 from PIL import Image
@@ -65,7 +66,7 @@ class LocalVLM:
         max_new_tokens:int=64,  # length of an answer
     ):
         self.model, self.device, self.dtype, self.batch_size, self.max_new_tokens = model, device, dtype, batch_size, max_new_tokens
-        self.loaded = None
+        self.read = cache(self.load)
     def load(self):  # (model, processor), frozen
         from transformers import AutoModelForImageTextToText, AutoProcessor
         device = _device(self.device)
@@ -84,9 +85,8 @@ class LocalVLM:
         questions:list[str],  # N
     ) -> list[str]:  # N answers
         "Ask one question about each picture."
-        if self.loaded is None: self.loaded = self.load()
-        n = self.batch_size
-        return [a for i in range(0, len(files), n) for a in _answer(*self.loaded, files[i:i + n], questions[i:i + n], self.max_new_tokens)]
+        n, loaded = self.batch_size, self.read()
+        return [a for i in range(0, len(files), n) for a in _answer(*loaded, files[i:i + n], questions[i:i + n], self.max_new_tokens)]
 
 def _answer(model, processor, files, questions, max_new_tokens):
     "One batch: the chat template around each question, greedy decoding, the answer without the question."
@@ -133,7 +133,7 @@ class BertRecall:
         device=None,  # None: the GPU if there is one
         batch_size:int=64,
     ):
-        self.model, self.num_layers, self.device, self.batch_size, self.loaded = model, num_layers, device, batch_size, None
+        self.model, self.num_layers, self.device, self.batch_size, self.read = model, num_layers, device, batch_size, cache(self.load)
     def load(self):  # (model, tokenizer, the weight of each token), frozen
         try: importlib.import_module("bert_score.utils")
         except ImportError as e: raise ImportError("BERTScore needs the package bert-score: pip install alignkit[rewards]") from e
@@ -149,9 +149,8 @@ class BertRecall:
         references:list[str],  # B sentences that they should cover
     ) -> Tensor:  # (B,) float32, at most 1; 0 where either text is empty
         "How much of each reference its candidate covers."
-        if self.loaded is None: self.loaded = self.load()
+        model, *rest = self.read()
         from bert_score.utils import bert_cos_score_idf
-        model, *rest = self.loaded
         recall = torch.zeros(len(candidates))
         full = [i for i, (c, r) in enumerate(zip(candidates, references)) if c.strip() and r.strip()]
         if full:
