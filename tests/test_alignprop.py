@@ -1,6 +1,6 @@
 "AlignProp end to end, on a pipeline with random weights: the numerics contract holds as it does for DDPO."
-import json, os, signal
 from dataclasses import replace
+import json, os, signal
 from unittest.mock import patch
 import pytest
 import torch
@@ -10,15 +10,16 @@ from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, ke
 from alignkit.mdp import generator_for, get_sampler, policy
 from alignkit.pipelines import Cond, open_model
 from alignkit.rewards import Reward, RewardError
-from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
+from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, on_two, updates_of, weights
 
 red = Reward(brightness, "brightness", differentiable=True)
 
 
 def small(**changes):
     "Four epochs of eight pictures in two updates, with ragged micro-batches and evaluations."
-    return AlignPropConfig(**{**dict(num_epochs=4, samples_per_epoch=8, updates_per_epoch=2, micro_batch_size=3, num_inference_steps=4, eta=1., eval_every=2, eval_samples=3, eval_prompts=("a cow",),
-                                     learning_rate=1e-2, fast="onednn"), **changes})
+    few = dict(num_epochs=4, samples_per_epoch=8, updates_per_epoch=2, micro_batch_size=3, num_inference_steps=4, eta=1.,
+               eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2, fast="onednn")
+    return AlignPropConfig(**{**few, **changes})
 
 
 def go(pipe_folder, out=None, reward=red, resume=False, callbacks=(), **changes):
@@ -36,7 +37,13 @@ def whole(pipe_folder):
     return seen
 
 
-@pytest.mark.parametrize("how", [dict(micro_batch_size=1), dict(micro_batch_size=3), dict(checkpointing="step"), dict(checkpointing="step", stored_steps=2), dict(vae_slicing=1)], ids=str)
+@pytest.mark.parametrize("how", [
+    dict(micro_batch_size=1),
+    dict(micro_batch_size=3),
+    dict(checkpointing="step"),
+    dict(checkpointing="step", stored_steps=2),
+    dict(vae_slicing=1),
+], ids=str)
 def test_speed_and_memory_settings_leave_the_update_alone(pipe_folder, whole, how):
     "Invariant 5.6: how an update is cut, and what is stored or computed again, changes nothing but float error."
     seen = updates_of(lambda: go(pipe_folder, **{**SMOOTH, **how}))
@@ -46,7 +53,8 @@ def test_speed_and_memory_settings_leave_the_update_alone(pipe_folder, whole, ho
 @pytest.mark.parametrize("strategy", ["per_step", "draft_lv", "refl"])
 def test_micro_batches_leave_the_update_alone_with_other_strategies(pipe_folder, strategy):
     "Every draw belongs to its picture or its update, that of the kept steps and of DRaFT-LV's new noise too."
-    whole, cut = (updates_of(lambda: go(pipe_folder, **{**SMOOTH, "num_epochs": 1, "strategy": strategy, "micro_batch_size": n})) for n in (4, 3))
+    def run(micro_batch_size): go(pipe_folder, **{**SMOOTH, "num_epochs": 1, "strategy": strategy, "micro_batch_size": micro_batch_size})
+    whole, cut = (updates_of(lambda: run(n)) for n in (4, 3))
     assert_close(cut, whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
 
 
@@ -67,7 +75,8 @@ def test_copies_of_draft_lv_keep_their_prompts(pipe_folder):
 
 
 def least_budget(pipe_folder):
-    with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does") as error: go(pipe_folder, memory_budget_gb=1e-5, **SMOOTH)
+    with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does") as error:
+        go(pipe_folder, memory_budget_gb=1e-5, **SMOOTH)
     return float(str(error.value).split()[-2])
 
 
@@ -88,8 +97,11 @@ def test_a_memory_budget_chooses_the_settings(pipe_folder, whole, tmp_path, caps
     assert len(run.history) == 3
 
 
-@pytest.mark.parametrize("where, words", [("alignkit.alignprop.decode_sliced", ["lower micro_batch_size (now 3)", "checkpointing='step'", "vae_slicing=1"]), ("alignkit.runs.draw", ["lower sample_batch_size (now 64)"]),
-                                          ("reward", ["lower micro_batch_size (now 3)"])])
+@pytest.mark.parametrize("where, words", [
+    ("alignkit.alignprop.decode_sliced", ["lower micro_batch_size (now 3)", "checkpointing='step'", "vae_slicing=1"]),
+    ("alignkit.runs.draw", ["lower sample_batch_size (now 64)"]),
+    ("reward", ["lower micro_batch_size (now 3)"]),
+])
 def test_out_of_memory_says_what_to_lower(pipe_folder, where, words):
     "The message names the setting, its value, and what memory.fit would choose; in a reward too, whose errors are wrapped."
     gone = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -98,24 +110,13 @@ def test_out_of_memory_says_what_to_lower(pipe_folder, where, words):
         if where == "reward": go(pipe_folder, reward=Reward(hungry, "hungry", differentiable=True), eval_every=0)
         else:
             with patch(where, side_effect=gone): go(pipe_folder)
-    for word in [*words, "out of memory", "memory.fit for", "would choose micro_batch_size=", "Tried to allocate 2.00 GiB"]: assert word in str(error.value)
-
-
-def on_two(pipe_folder, out):
-    from accelerate import PartialState
-    from accelerate.state import AcceleratorState
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(True)  # the parent's, inherited by the fork
-    seen = updates_of(lambda: go(pipe_folder, out / "run", **SMOOTH))
-    assert PartialState().num_processes == 2
-    torch.save(seen, out / f"rank_{PartialState().process_index}.pt")
+    for word in [*words, "out of memory", "memory.fit for", "would choose micro_batch_size=", "Tried to allocate 2.00 GiB"]:
+        assert word in str(error.value)
 
 
 def test_two_processes_agree(pipe_folder, whole, tmp_path):
-    "Invariants 5.7 and 5.8: two processes hold the same weights after every update, and they are those of one process within float error."
-    from accelerate import debug_launcher
-    debug_launcher(on_two, (pipe_folder, tmp_path), num_processes=2)
-    ranks = [torch.load(tmp_path / f"rank_{r}.pt", weights_only=True) for r in (0, 1)]
+    "Invariants 5.7 and 5.8: two processes hold the same weights after every update, those of one process within float error."
+    ranks = on_two(lambda: updates_of(lambda: go(pipe_folder, tmp_path / "run", **SMOOTH)), tmp_path)
     assert torch.equal(*ranks)
     assert_close(ranks[0], whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
 
@@ -142,11 +143,13 @@ def test_kill_and_resume(pipe_folder, unbroken_run, tmp_path, epoch):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains(pipe_folder, strategy):
     "Each moves the weights, keeps the steps it says, and the reward of the last evaluation is a number."
-    with patch("alignkit.alignprop.backprop_rollout", side_effect=backprop_rollout) as drawn, patch("alignkit.alignprop.one_step_rollout", side_effect=one_step_rollout) as ended:
+    drawing = patch("alignkit.alignprop.backprop_rollout", side_effect=backprop_rollout)
+    ending = patch("alignkit.alignprop.one_step_rollout", side_effect=one_step_rollout)  # ReFL's, which ends at its step
+    with drawing as drawn, ending as ended:
         run = go(pipe_folder, strategy=strategy, truncation_k=2, guidance_scale=3., guidance_grad="text", num_epochs=2)
-    which = [(epoch, update) for epoch in range(2) for update in range(2) for _ in range(2)]  # two micro-batches an update
-    steps = [kept_steps(strategy, 4, generator_for(0, "kept", *at), 2) & (strategy != "draft_lv") for at in which]  # DRaFT-LV's own step comes after
-    if strategy == "refl": assert not drawn.called and [call.args[3] for call in ended.call_args_list] == [int(k.nonzero()) for k in steps]  # it ends at its step
+    kept = lambda epoch, update: kept_steps(strategy, 4, generator_for(0, "kept", epoch, update), 2) & (strategy != "draft_lv")  # its own step comes after
+    steps = [kept(epoch, update) for epoch in range(2) for update in range(2) for _ in range(2)]  # two micro-batches an update
+    if strategy == "refl": assert not drawn.called and [call.args[3] for call in ended.call_args_list] == [int(k.nonzero()) for k in steps]
     else: assert not ended.called and torch.equal(torch.stack([call.args[2] for call in drawn.call_args_list]), torch.stack(steps))
     expected = dict(full={4}, last={2}, draft_lv={1}, refl={1}).get(strategy)
     if expected: assert set(run.history.kept_steps) == expected
@@ -182,7 +185,7 @@ def test_a_reward_that_is_not_finite_leaves_the_update_out(pipe_folder):
 
 
 def test_loss_scaling_does_not_step_where_a_reward_failed(pipe_folder):
-    "fp16's branch, with the scaler that a CPU has: an update with a NaN in one of its micro-batches is left out, the others are those of float32."
+    "fp16's branch, with the scaler that a CPU has: an update with a NaN in a micro-batch is left out, the others are those of float32."
     original = training._accelerator
     def scaling(precision):
         accelerator = original(precision)
@@ -202,10 +205,10 @@ def test_loss_scaling_does_not_step_where_a_reward_failed(pipe_folder):
 def test_noise_of_draft_lv_survives_half_precision(pipe_folder):
     "The last step's noise is 4 % of the signal: in bf16 its factor must not be rounded to 0, or all copies are one."
     seen, latents, noise = [], torch.randn(2, 4, 8, 8), torch.randn(2, 4, 4, 8, 8)
-    def spy(net, x, t, cond):
+    def predict(net, x, t, cond):
         seen.append(x)
         return x
-    model = replace(open_model(pipe_folder), predict=spy)
+    model = replace(open_model(pipe_folder), predict=predict)
     step = policy(model, None, get_sampler(model, 4), Cond(text=torch.zeros(6, 3, 4)))
     renoised_last_step(model, step, latents.bfloat16(), noise.bfloat16())
     renoised_last_step(model, step, latents, noise)
@@ -228,30 +231,33 @@ def test_other_failures_stop_and_resume(pipe_folder, unbroken_run, tmp_path):
         calls.append(1)
         if len(calls) == 7: raise ConnectionError("the server is away")
         return brightness(images, prompts)
-    with pytest.raises(RewardError, match="'brightness', epoch 1: raised ConnectionError"): go(pipe_folder, tmp_path / "run", reward=Reward(bad, "brightness", differentiable=True))
+    with pytest.raises(RewardError, match="'brightness', epoch 1: raised ConnectionError"):
+        go(pipe_folder, tmp_path / "run", reward=Reward(bad, "brightness", differentiable=True))
     go(pipe_folder, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", unbroken_run)
 
 
+detached = Reward(lambda images, prompts: brightness(images, prompts).detach(), "cut", differentiable=True)
+
+
 @pytest.mark.parametrize("arguments, words", [
-    (dict(reward="jpeg_compressibility"), ["'jpeg_compressibility' has no gradient", "tiny_aesthetic", "jpeg_soft"]),
-    (dict(reward=Reward(lambda images, prompts: brightness(images, prompts).detach(), "cut", differentiable=True)), ["'cut'", "without one"]),
-    (dict(cfg=dict(strategy="last", truncation_k=5)), ["truncation_k", "4", "got 5"]),
-    (dict(cfg=dict(strategy="last", truncation_k=0)), ["truncation_k", "got 0"]),
-    (dict(cfg=dict(strategy="random")), ["strategy", "per_step", "'random'"]),
-    (dict(cfg=dict(checkpointing="all")), ["checkpointing", "'all'"]),
-    (dict(cfg=dict(memory_budget_gb="all")), ["memory_budget_gb", "'auto'", "'all'"]),
-    (dict(cfg=dict(memory_budget_gb=-1)), ["memory_budget_gb", "greater than 0", "-1"]),
-    (dict(cfg=dict(loss_coeff=0.)), ["loss_coeff", "greater than 0"]),
-], ids=["no gradient", "gradient cut", "K too large", "K too small", "strategy", "checkpointing", "budget", "negative budget", "coefficient"])
-def test_bad_input(pipe_folder, tmp_path, arguments, words):
-    with pytest.raises(ValueError) as error: go(pipe_folder, **({"reward": arguments["reward"], "eval_every": 0} if "reward" in arguments else arguments["cfg"]))
+    (dict(reward="jpeg_compressibility", eval_every=0), ["'jpeg_compressibility' has no gradient", "tiny_aesthetic", "jpeg_soft"]),
+    (dict(reward=detached, eval_every=0), ["'cut'", "without one"]),
+    (dict(strategy="last", truncation_k=5), ["truncation_k", "4", "got 5"]),
+    (dict(strategy="last", truncation_k=0), ["truncation_k", "got 0"]),
+    (dict(strategy="random"), ["strategy", "per_step", "'random'"]),
+    (dict(checkpointing="all"), ["checkpointing", "'all'"]),
+    (dict(loss_coeff=0.), ["loss_coeff", "greater than 0"]),
+], ids=["no gradient", "gradient cut", "K too large", "K too small", "strategy", "checkpointing", "coeff"])
+def test_bad_input(pipe_folder, arguments, words):
+    with pytest.raises(ValueError) as error: go(pipe_folder, **arguments)
     for word in words: assert word in str(error.value)
 
 
 def test_loss_forms_and_presets(pipe_folder):
     "The coefficient scales the gradient; |r - target| below its target pulls as -r does."
-    one, hundredth, target = (go(pipe_folder, num_epochs=1, eval_every=0, strategy="last", max_grad_norm=1e9, **c).history for c in (dict(), dict(loss_coeff=0.01), dict(reward_target=10.)))
+    def rows(**changes): return go(pipe_folder, num_epochs=1, eval_every=0, strategy="last", max_grad_norm=1e9, **changes).history
+    one, hundredth, target = rows(), rows(loss_coeff=0.01), rows(reward_target=10.)
     assert_close(hundredth.grad_norm[0] * 100, one.grad_norm[0], rtol=0.05, atol=0)  # Adam's first step is the same, its second nearly
     assert_close(target.loss[0] - one.loss[0], 10., rtol=1e-4, atol=0)
     assert_close(target.grad_norm[0], one.grad_norm[0], rtol=1e-4, atol=0)

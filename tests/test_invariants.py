@@ -1,5 +1,5 @@
-"The numerics contract end to end, on a pipeline with random weights: same inputs, same bits, whatever the batch, the process count or the accident."
-import os, re, shutil, signal, socket, subprocess, sys, threading, time
+"The numerics contract end to end, with random weights: same inputs, same bits, whatever the batch, the process count or the accident."
+import os, re, shutil, signal, threading, time
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np
@@ -11,18 +11,20 @@ import alignkit.ddpo as ddpo
 import alignkit.runs as runs
 import alignkit.scorer as scorer
 import alignkit.training as training
+import test_rwr
 from alignkit.logprob import step_log_prob
 from alignkit.mdp import draw, get_sampler, policy, rollout, sample_noise
 from alignkit.pipelines import add_lora, cast, load, modules_of, open_model
 from alignkit.rewards import Reward, RewardError
-from conftest import PROMPTS, assert_same_run, brightness, go, history, in_child, small, updates_of, weights
+from conftest import (PROMPTS, assert_same_run, brightness, go, history, in_child, on_two, plain_picture, small, torchrun, updates_of,
+                      weights)
 
-# Adam divides a gradient by its own size, so that rounding in a gradient of about zero moves a weight by a whole learning rate. With an epsilon far above
-# rounding the update is as smooth as the gradient, and runs that differ by rounding alone can be compared closely.
+# Adam divides a gradient by its own size, so that rounding in a gradient of about zero moves a weight by a whole learning rate.
+# With an epsilon far above rounding the update is as smooth as the gradient, and runs that differ by rounding alone compare closely.
 SMOOTH = dict(adam_epsilon=1e-3, num_epochs=2, eval_every=0)
 
 
-# ratio == 1 ------------------------------------------------------------------------------------------------------------------------------------------
+# ratio == 1 --------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("guidance_scale", [1., 5.])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -39,7 +41,8 @@ def test_ratio_is_exactly_one_for_the_same_batch(pipe_folder, dtype, guidance_sc
         t = rollout(step, sample_noise(0, "rollout", 0, range(B), (S + 1, *model.latent_shape)).to(dtype), step_log_prob)
         assert t.latents.dtype == dtype and t.log_probs.dtype == torch.float32
         t.latents, t.log_probs = t.latents.clone(), t.log_probs.clone()
-        again = torch.stack([ddpo.pair_log_prob(step, t, torch.arange(B), torch.full((B,), s)) for s in range(S)], 1)
+        row = torch.arange(B)
+        again = torch.stack([ddpo.pair_log_prob(step, t, row, torch.full((B,), s)) for s in range(S)], 1)
     _, info = ddpo.ddpo_is_loss(again.flatten(), t.log_probs.flatten(), torch.ones(B * S))
     assert again.requires_grad and again.dtype == torch.float32
     assert info["ratio"].eq(1).all(), f"largest |ratio - 1|: {(info['ratio'] - 1).abs().max():.1e}"
@@ -47,7 +50,7 @@ def test_ratio_is_exactly_one_for_the_same_batch(pipe_folder, dtype, guidance_sc
 
 @pytest.mark.parametrize("precision, tolerance", [("no", 1e-6), ("bf16", 0.)])
 def test_ratio_starts_at_one_in_train(pipe_folder, monkeypatch, precision, tolerance):
-    "Invariant 5.4: until the first optimiser step of `train` every ratio is 1: within 1e-6 in fp32, exactly in bf16, where old log-probs come from the training path."
+    "Invariant 5.4: until the first optimiser step every ratio is 1: within 1e-6 in fp32, exactly in bf16 (old log-probs are of its path)."
     before, first_step = [], []
     loss = ddpo.ddpo_is_loss
     def recording(*args):
@@ -64,7 +67,7 @@ def test_ratio_starts_at_one_in_train(pipe_folder, monkeypatch, precision, toler
 
 
 def test_half_precision_recomputes_old_log_probs(pipe_folder, monkeypatch):
-    "Invariants 5.3 and 5.4: bf16 runs; log-probs stay float32; the old ones come from the training path in half precision, from the rollout in fp32."
+    "Invariants 5.3 and 5.4: bf16 runs; log-probs stay float32; the old ones are of the training path in bf16, of the rollout in fp32."
     calls = []
     original = ddpo.pair_log_prob
     def recording(*args):
@@ -96,20 +99,21 @@ def test_recomputed_log_probs_cover_every_pass(pipe_folder, monkeypatch):
     assert len(pairs[True]) > 8 * 2 and pairs[False] == pairs[True]  # more than one pass has
 
 
-# the update ------------------------------------------------------------------------------------------------------------------------------------------
+# the update --------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", [dict(method="ddpo_is"), dict(method="ddpo_sf", updates_per_epoch=1)], ids=["is", "sf"])
 def test_micro_batches_do_not_change_the_update(pipe_folder, method):
-    "Invariant 5.6: the gradient is the mean over an update's pairs, so micro-batches of 64, and ragged ones of 5, give the same weights after every update."
+    "Invariant 5.6: the gradient is the mean over an update's pairs: micro-batches of 64, and ragged ones of 5, give the same weights."
     whole, cut = (updates_of(lambda: go(pipe_folder, micro_batch_size=m, **SMOOTH, **method)) for m in (64, 5))
     moved = (whole[-1] - whole[0]).abs().max()
     assert moved > 1e-3  # the comparison means something
-    # float32 sums of some tens of terms in another order: relative error near 1e-6 of the movement; a wrong weighting of the last, ragged micro-batch is 1e-1
+    # float32 sums of some tens of terms in another order: a relative error near 1e-6 of the movement;
+    # a wrong weighting of the last, ragged micro-batch is 1e-1
     assert_close(cut, whole, rtol=0, atol=1e-4 * moved.item())
 
 
 def test_samples_do_not_depend_on_the_batch(pipe_folder):
-    "Invariant 5.7: picture i is drawn from its own stream, so any `sample_batch_size` gives the same pictures and rewards up to the rounding of a batched forward."
+    "Invariant 5.7: picture i has its own stream: any `sample_batch_size` gives the same pictures and rewards but for rounding."
     def first_epoch(size):
         seen = []
         def reward(images, prompts):
@@ -141,35 +145,41 @@ def test_rewards_run_while_the_next_batch_is_drawn(pipe_folder, monkeypatch):
     monkeypatch.setattr(training, "rollout", rollout)
     row = go(pipe_folder, reward=patient, sample_batch_size=3, num_epochs=1, eval_every=0).history.iloc[0]
     assert calls == [3, 3, 2]
-    assert row.reward_mean == turn.reward_mean[0] and row.reward_work_s > row.reward_s + 0.1  # the first two rewards waited 0.1 s each, the run for the third alone
+    assert row.reward_mean == turn.reward_mean[0]
+    assert row.reward_work_s > row.reward_s + 0.1  # the first two rewards waited 0.1 s each, the run for the third alone
 
 
 def test_drawing_does_not_depend_on_what_ran_before(pipe_folder):
     "Invariant 5.7: no draw touches or reads torch's global generator."
     pipe = load(pipe_folder)
-    torch.manual_seed(1); torch.rand(7); a = draw(pipe, PROMPTS, seed=3, num_inference_steps=3)
-    state = torch.get_rng_state(); b = draw(pipe, PROMPTS, seed=3, num_inference_steps=3)
+    torch.manual_seed(1)
+    torch.rand(7)
+    a = draw(pipe, PROMPTS, seed=3, num_inference_steps=3)
+    state = torch.get_rng_state()
+    b = draw(pipe, PROMPTS, seed=3, num_inference_steps=3)
     assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
 
 
 def test_zero_variance_gives_zero_advantages(pipe_folder):
     "Invariant 5.9: a reward that is always the same teaches nothing: no NaN, no advantage made of rounding errors, unchanged weights."
+    alone = dict(samples_per_epoch=24, num_inference_steps=2, adam_weight_decay=0., num_epochs=2, eval_every=0)
+    start = torch.cat([p.detach().flatten() for p in add_lora(load(pipe_folder).unet)])
     for advantages in ddpo.ADVANTAGES:
         for value in (0.1, -1771.3):
             constant = Reward(lambda images, prompts: torch.full((len(prompts),), value), "constant")
-            seen = updates_of(lambda: go(pipe_folder, reward=constant, advantages=advantages, samples_per_epoch=24, adam_weight_decay=0., num_epochs=2, eval_every=0))
+            seen = updates_of(lambda: go(pipe_folder, reward=constant, advantages=advantages, **alone))
             assert seen.isfinite().all()
-            start = torch.cat([p.detach().flatten() for p in add_lora(load(pipe_folder).unet)])
-            assert all(torch.equal(w, start) for w in seen), f"advantages={advantages}, reward {value}: weights moved by {(seen - start).abs().max():.1e}"
+            moved = (seen - start).abs().max()
+            assert moved == 0, f"advantages={advantages}, reward {value}: weights moved by {moved:.1e}"
         stats = ddpo.PromptStats(8, 3).advantages(["a"] * 3 + ["b"], [0.1] * 4)
         assert stats.abs().max() < 1e-6
 
 
-# resume ----------------------------------------------------------------------------------------------------------------------------------------------
+# resume ------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_resume_equals_the_unbroken_run(pipe_folder, unbroken, tmp_path, k):
-    "Invariant 5.7: stopped after k epochs and resumed, a run equals the unbroken one bit for bit: adapter, optimiser, history, prompt statistics, pictures."
+    "Invariant 5.7: stopped after k epochs and resumed, a run equals the unbroken one: adapter, optimiser, history, statistics, pictures."
     go(pipe_folder, tmp_path / "run", num_epochs=4, callbacks=[lambda run, row: row["epoch"] == k - 1])
     assert len(history(tmp_path / "run")) == k
     torch.rand(3)  # whatever ran in between
@@ -198,9 +208,12 @@ def test_resume_of_a_finished_run_changes_nothing(pipe_folder, unbroken, tmp_pat
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 
 
+AT_THE_START = ("before the first sample", "evaluating the base")
+
+
 def killed_while(moment, pipe_folder, out):
-    "Train in this process until `moment` of epoch 2, and be killed there."
-    epochs = []
+    "Train in this process until `moment` of epoch 2, and be killed there; where `out` holds two epochs, go on from them."
+    epochs = [r["epoch"] for r in history(out)] if out.exists() else []
     def count(run, row): epochs.append(row["epoch"])
     def at_call(module, name, when, what=None):
         original, calls = getattr(module, name), []
@@ -214,8 +227,6 @@ def killed_while(moment, pipe_folder, out):
     def half_row(original, history, row):
         line = ",".join(map(str, row.values()))
         with open(history.file, "a") as f: f.write(line[:len(line) // 2])
-    def half_base(original, path, text):
-        path.write_text(text[:len(text) // 2])
     def half_file(original, state, path):
         original(state, path)
         with open(path, "r+b") as f: f.truncate(path.stat().st_size // 2)
@@ -242,13 +253,24 @@ def killed_while(moment, pipe_folder, out):
         at_call(training, "save_lora", lambda args, done: Path(args[1]).name == "lora",
                 lambda original, unet, path: (original(unet, path), next(Path(path).iterdir()).write_bytes(b"torn")))
     else: raise ValueError(moment)
-    go(pipe_folder, out, callbacks=[count])
+    go(pipe_folder, out, resume=True, callbacks=[count])
 
 
-@pytest.mark.parametrize("moment", ["before the first sample", "evaluating the base", "sampling", "sampling, second batch", "scoring", "training", "before the history",
-    "writing the history", "after the history", "writing the checkpoint", "before the rename", "after the rename", "removing the oldest", "writing the adapter"])
-def test_kill_and_resume(pipe_folder, unbroken, tmp_path, moment):
+@pytest.fixture(scope="module")
+def two_epochs(pipe_folder, tmp_path_factory):
+    "What a run that was killed in its third epoch leaves behind."
+    out = tmp_path_factory.mktemp("killed") / "run"
+    assert in_child(killed_while, "sampling", pipe_folder, out) == -signal.SIGKILL
+    return out
+
+
+@pytest.mark.parametrize("moment", [
+    "before the first sample", "evaluating the base", "sampling", "sampling, second batch", "scoring", "training",
+    "before the history", "writing the history", "after the history", "writing the checkpoint",
+    "before the rename", "after the rename", "removing the oldest", "writing the adapter"])
+def test_kill_and_resume(pipe_folder, unbroken, two_epochs, tmp_path, moment):
     "Invariant 5.7: a run killed (SIGKILL) at any instant leaves a folder that resumes, and ends bit for bit as the unbroken run."
+    if moment not in AT_THE_START: shutil.copytree(two_epochs, tmp_path / "run")  # the first two epochs, once for all moments
     assert in_child(killed_while, moment, pipe_folder, tmp_path / "run") == -signal.SIGKILL
     go(pipe_folder, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", unbroken)
@@ -290,7 +312,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(pipe_folder, unbroken, tmp_
     "It is named before it reaches the weights, and the folder resumes to the unbroken run."
     def spoil(run, row):
         if row["epoch"] == 0: next(p for p in run.pipe.unet.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
-    with pytest.raises(RuntimeError, match=r"update \d+: the gradient is not finite; lower learning_rate=.* resumes from its last checkpoint"): go(pipe_folder, tmp_path / "run", callbacks=(spoil,))
+    words = r"update \d+: the gradient is not finite; lower learning_rate=.* resumes from its last checkpoint"
+    with pytest.raises(RuntimeError, match=words): go(pipe_folder, tmp_path / "run", callbacks=(spoil,))
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0000"]
     go(pipe_folder, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", unbroken)
@@ -322,14 +345,15 @@ def test_a_failed_run_leaves_its_pipeline_plain(pipe_folder):
 def test_half_precision_weights_are_trained_in_float32(pipe_folder):
     "trainable='full' of a pipeline that was loaded in bf16: small updates are not rounded away."
     before = {n: p.float() for n, p in load(pipe_folder, dtype=torch.bfloat16).unet.named_parameters()}
-    run = go(load(pipe_folder, dtype=torch.bfloat16), trainable="full", mixed_precision="bf16", learning_rate=1e-5, num_epochs=1, eval_every=0)
+    half = load(pipe_folder, dtype=torch.bfloat16)
+    run = go(half, trainable="full", mixed_precision="bf16", learning_rate=1e-5, num_epochs=1, eval_every=0)
     assert all(p.dtype == torch.float32 for p in run.pipe.unet.parameters())
     moved = sum((p.detach() != before[n]).sum().item() for n, p in run.pipe.unet.named_parameters())
     assert moved > 0.9 * sum(p.numel() for p in before.values())
 
 
 def test_a_reward_may_be_any_module_and_is_asked_in_its_own_precision(pipe_folder):
-    "One whose weights want gradients, in bf16: in training and in evaluations it sees float32 pictures outside autocast, and its answers carry no graph."
+    "One whose weights want gradients, in bf16: it sees float32 pictures outside autocast, always, and its answers carry no graph."
     torch.manual_seed(0)
     net, seen = torch.nn.Conv2d(3, 1, 3), []
     def reward(images, prompts):
@@ -360,24 +384,11 @@ def killed_while_full(pipe_folder, out, full):
     go(pipe_folder, out, callbacks=[lambda run, row: row["epoch"] == 2 and kill()], **full)
 
 
-# several processes -----------------------------------------------------------------------------------------------------------------------------------
-
-def on_two(pipe_folder, out):
-    "One of two processes: keep the weights after every update."
-    from accelerate import PartialState
-    from accelerate.state import AcceleratorState
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(True)  # the parent's, inherited by the fork
-    seen = updates_of(lambda: go(pipe_folder, out / "run", **SMOOTH))
-    assert PartialState().num_processes == 2
-    torch.save(seen, out / f"rank_{PartialState().process_index}.pt")
-
+# several processes -------------------------------------------------------------------------------------------------------------
 
 def test_two_processes_hold_equal_weights(pipe_folder, tmp_path):
-    "Invariants 5.7 and 5.8: two processes hold the same weights after every update, and they are those of one process within float error."
-    from accelerate import debug_launcher
-    debug_launcher(on_two, (pipe_folder, tmp_path), num_processes=2)
-    ranks = [torch.load(tmp_path / f"rank_{r}.pt", weights_only=True) for r in (0, 1)]
+    "Invariants 5.7 and 5.8: two processes hold the same weights after every update, those of one process within float error."
+    ranks = on_two(lambda: updates_of(lambda: go(pipe_folder, tmp_path / "run", **SMOOTH)), tmp_path)
     assert len(ranks[0]) == 2 * 2  # two epochs of two updates
     assert torch.equal(ranks[0], ranks[1])
     one = updates_of(lambda: go(pipe_folder, tmp_path / "one", **SMOOTH))
@@ -392,33 +403,39 @@ def test_two_processes_hold_equal_weights(pipe_folder, tmp_path):
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import go
+from test_invariants import train_both
 from accelerate import PartialState
-go({pipe!r}, {out!r}, resume=True, num_epochs=int(sys.argv[1]), adam_epsilon=1e-3, eval_every=1)
+train_both({pipe!r}, {out!r}, int(sys.argv[1]))
 assert PartialState().num_processes == 2
 """
 
 
+def train_both(pipe_folder, out, epochs):
+    "DDPO and reward-weighted regression, one after the other."
+    both = dict(resume=True, num_epochs=epochs, eval_every=1)
+    go(pipe_folder, Path(out) / "ddpo", adam_epsilon=1e-3, **both)
+    test_rwr.go(pipe_folder, Path(out) / "rwr", adam_epsilon=1e-2, weights="sparse", share=0.3, **both)
+
+
 def test_torchrun_end_to_end(pipe_folder, tmp_path):
-    "Invariants 5.7 and 5.8, with real launches: two processes start a run, two others resume it, and the result is that of one process."
+    "Invariants 5.7 and 5.8, with real launches: two processes start two runs, two others resume them; all is as in one process."
     script = tmp_path / "two.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), pipe=pipe_folder, out=str(tmp_path / "run")))
-    for epochs in (1, 2):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port), script, str(epochs)],
-                              env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-3000:]
-    go(pipe_folder, tmp_path / "one", num_epochs=2, adam_epsilon=1e-3, eval_every=1)
-    a, b = (weights(tmp_path / f / "lora") for f in ("run", "one"))
-    assert a.keys() == b.keys() and len(a) > 0
-    for k in a: assert_close(a[k], b[k], rtol=0, atol=1e-5)
-    for x, y in zip(history(tmp_path / "run"), history(tmp_path / "one"), strict=True):
-        for k in ("reward_mean", "eval_reward_mean"): assert abs(x[k] - y[k]) < 1e-5
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), pipe=pipe_folder, out=str(tmp_path / "two")))
+    for epochs in (1, 2): torchrun(script, epochs)
+    train_both(pipe_folder, tmp_path / "one", 2)
+    means = ("reward_mean", "reward_std", "eval_reward_mean", "loss", "grad_norm")
+    for method, exact in (("ddpo", ("epoch", "step", "queries", "lr")), ("rwr", ("epoch", "step", "queries", "lr", "effective_samples"))):
+        two, one = tmp_path / "two" / method, tmp_path / "one" / method
+        a, b = weights(two / "lora"), weights(one / "lora")
+        assert a.keys() == b.keys() and len(a) > 0
+        for k in a: assert_close(a[k], b[k], rtol=0, atol=1e-5)
+        for x, y in zip(history(two), history(one), strict=True):
+            for k in exact: assert x[k] == y[k], k
+            for k in means: assert abs(x[k] - y[k]) < 1e-4 * max(1, abs(y[k])), k
+            if method == "ddpo": assert max(abs(x[k] - y[k]) for k in ("reward_mean", "eval_reward_mean")) < 1e-5
 
 
-# what comes in and what goes out ---------------------------------------------------------------------------------------------------------------------
+# what comes in and what goes out -----------------------------------------------------------------------------------------------
 
 def test_rewards_see_pictures_in_0_1(pipe_folder):
     "Invariant 5.10: a reward sees [0, 1], once: not [-1, 1], not the washed-out [0.5, 1]; in training and in evaluation, float32."
@@ -442,15 +459,14 @@ def test_a_saved_adapter_loads_in_plain_diffusers(pipe_folder, tmp_path):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     run = go(pipe_folder, tmp_path / "run", num_epochs=1, lora_rank=2, lora_alpha=16., eval_every=0)
     run.save_lora(tmp_path / "mine")
-    def picture(pipe): return pipe("a cat", num_inference_steps=4, guidance_scale=3., eta=1., generator=torch.Generator().manual_seed(0), output_type="np", height=32, width=32).images[0]
-    ours = picture(run.pipe)
+    ours = plain_picture(run.pipe)
     for folder in (tmp_path / "mine", tmp_path / "run" / "lora"):
         plain = StableDiffusionPipeline.from_pretrained(pipe_folder, safety_checker=None)
         plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
         plain.set_progress_bar_config(disable=True)
-        base = picture(plain)
+        base = plain_picture(plain)
         plain.load_lora_weights(folder)
-        theirs = picture(plain)
+        theirs = plain_picture(plain)
         assert np.abs(base - ours).max() > 1e-2
         assert np.array_equal(theirs, ours), f"largest difference {np.abs(theirs - ours).max():.1e}"
 
@@ -489,11 +505,12 @@ def occupied(path):
     (lambda p: dict(cfg=small(mixed_precision="fp16")), ValueError, ["fp16", "GPU"]),
     (lambda p: dict(resume=True, out=None), ValueError, ["resume", "run folder"]),
     (lambda p: dict(out=occupied(p / "file")), OSError, ["out", "file"]),
-], ids=["pipe name", "pipe folder", "pipe type", "reward name", "reward dict", "prompt set", "prompt file missing", "prompt file blank", "prompt list blank", "prompt list empty",
-        "eval prompts", "method", "eta 0", "judge of no evaluation", "updates do not divide", "micro batch 0", "sample batch -1", "zero timesteps", "timestep fraction 0", "reinforce twice", "fp16 on cpu",
-        "resume nothing", "unwritable out"])
+], ids=["pipe name", "pipe folder", "pipe type", "reward name", "reward dict", "prompt set", "prompt file missing", "prompt file blank",
+        "prompt list blank", "prompt list empty", "eval prompts", "method", "eta 0", "judge of no evaluation", "updates do not divide",
+        "micro batch 0", "sample batch -1", "zero timesteps", "timestep fraction 0", "reinforce twice", "fp16 on cpu", "resume nothing",
+        "unwritable out"])
 def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch, case, error, words):
-    "A wrong argument is named, with the values there are, before a picture is drawn; the run folder is not touched, so that the corrected call can use it."
+    "A wrong argument is named, with the values there are, before a picture is drawn, and the run folder is not touched."
     if "fp16" in words and torch.cuda.is_available(): pytest.skip("fp16 works on this machine")
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
     for module, name in ((training, "rollout"), (training, "evaluate_fixed"), (training, "add_lora")): monkeypatch.setattr(module, name, no_work)
@@ -508,7 +525,8 @@ def test_a_step_without_a_density_is_refused(pipe_folder):
     from diffusers import DDIMScheduler
     pipe = load(pipe_folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
-    with patch("alignkit.training.rollout", side_effect=AssertionError("work was done")), pytest.raises(ValueError, match="set_alpha_to_one=True"): go(pipe, eval_every=0)
+    with patch("alignkit.training.rollout", side_effect=AssertionError("work was done")):
+        with pytest.raises(ValueError, match="set_alpha_to_one=True"): go(pipe, eval_every=0)
 
 
 def test_unknown_preset_lists_the_presets():
@@ -522,8 +540,12 @@ def test_resume_refuses_another_config(pipe_folder, unbroken, tmp_path):
     shutil.copytree(unbroken, tmp_path / "run")
     files = lambda: {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
     before = files()
-    with pytest.raises(ValueError, match=r"clip_range was 0.002, now 0.5; seed was 0, now 1"): go(pipe_folder, tmp_path / "run", resume=True, seed=1, clip_range=0.5)
-    with pytest.raises(ValueError, match="reward was 'brightness', now 'other'"): go(pipe_folder, tmp_path / "run", reward=Reward(brightness, "other"), resume=True)
-    with pytest.raises(ValueError, match="prompts_sha256 was"): ddpo.train(pipe_folder, Reward(brightness, "brightness"), ["a cat", "a cow"], small(), tmp_path / "run", resume=True)  # another list of two
+    resumed = dict(out=tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"clip_range was 0.002, now 0.5; seed was 0, now 1"):
+        go(pipe_folder, **resumed, seed=1, clip_range=0.5)
+    with pytest.raises(ValueError, match="reward was 'brightness', now 'other'"):
+        go(pipe_folder, reward=Reward(brightness, "other"), **resumed)
+    with pytest.raises(ValueError, match="prompts_sha256 was"):  # another list of two
+        ddpo.train(pipe_folder, Reward(brightness, "brightness"), ["a cat", "a cow"], small(), **resumed)
     with pytest.raises(FileExistsError, match="resume=True"): go(pipe_folder, tmp_path / "run")
     assert files() == before

@@ -1,6 +1,7 @@
 "What is installed is what was written: generated files, light imports, modules that stand alone, a wheel that brings its data."
 import ast, json, os, shutil, subprocess, sys, zipfile
 from pathlib import Path
+from textwrap import dedent
 import pytest
 from conftest import ROOT
 
@@ -10,7 +11,8 @@ NEVER = {"nbdev", "fastcore", "matplotlib", "IPython", "pytest"}  # no exported 
 
 def python(code, cwd, path=ROOT, timeout=300):
     "Run code in a fresh process, elsewhere, with `path` as the only place to find alignkit; returns what it printed."
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env={**os.environ, "PYTHONPATH": str(path), "HOME": str(cwd)}, capture_output=True, text=True, timeout=timeout)
+    env = {**os.environ, "PYTHONPATH": str(path), "HOME": str(cwd)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -19,14 +21,17 @@ def python(code, cwd, path=ROOT, timeout=300):
 def tree(tmp_path_factory):
     "A copy of the project without version control, environments and runs."
     copy = tmp_path_factory.mktemp("tree") / "alignkit"
-    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", "_proc")
+    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints", ".pytest_cache",
+                                  "_proc")
     shutil.copytree(ROOT, copy, ignore=lambda folder, names: skip(folder, names) | ({"runs"} if Path(folder) == ROOT else set()))  # data/runs stays
     return copy
 
 
 def test_clean_and_export_change_nothing(tree):
     "Notebooks are committed clean, and the package is what they export: neither command changes a byte."
-    files = lambda root: {p.relative_to(root): p.read_bytes() for d in ("nbs", "alignkit") for p in (root / d).rglob("*") if p.is_file() and p.suffix in (".py", ".ipynb")}
+    def files(root):
+        found = [p for d in ("nbs", "alignkit") for p in (root / d).rglob("*") if p.is_file() and p.suffix in (".py", ".ipynb")]
+        return {p.relative_to(root): p.read_bytes() for p in found}
     before = files(tree)
     assert before
     for command in ("from nbdev.clean import nbdev_clean; nbdev_clean()", "from nbdev.doclinks import nbdev_export; nbdev_export()"):
@@ -50,63 +55,143 @@ def test_every_notebook_has_its_module():
 
 def test_modules_stand_alone():
     "Every name that a module uses is its own: a notebook may have it from a cell that is not exported."
-    done = subprocess.run([sys.executable, "-m", "pyflakes", *(str(ROOT / "alignkit" / f"{m}.py") for m in MODULES)], capture_output=True, text=True)
+    modules = [str(ROOT / "alignkit" / f"{m}.py") for m in MODULES]
+    done = subprocess.run([sys.executable, "-m", "pyflakes", *modules], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_are_light(module):
-    "No exported module imports nbdev, fastcore, matplotlib, IPython or pytest when it is imported. Who may import whom: test_house.py."
-    body = ast.parse((ROOT / "alignkit" / f"{module}.py").read_text(encoding="utf-8")).body
-    names = {a.name.split(".")[0] for n in body if isinstance(n, ast.Import) for a in n.names}
-    names |= {(n.module or "").split(".")[0] for n in body if isinstance(n, ast.ImportFrom) and not n.level}
+    "No module imports nbdev, fastcore, matplotlib, IPython or pytest when it is imported."
+    tree = ast.parse((ROOT / "alignkit" / f"{module}.py").read_text(encoding="utf-8"))
+    names = {a.name.split(".")[0] for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+    names |= {(n.module or "").split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level}
     assert not names & NEVER
 
 
 def test_nothing_heavy_comes_along(tmp_path):
     "Importing all modules brings in none of nbdev, fastcore, matplotlib, IPython, pytest, by whatever way."
-    out = python("import sys\n" + "\n".join(f"import alignkit.{m}" for m in MODULES) + f"\nprint(sorted({NEVER!r} & set(sys.modules)))", tmp_path)
+    imports = "\n".join(f"import alignkit.{m}" for m in MODULES)
+    out = python(f"import sys\n{imports}\nprint(sorted({NEVER!r} & set(sys.modules)))", tmp_path)
     assert out.strip() == "[]"
 
 
-CALLS = {  # one function of every module, called as a user would
-    "show": "from alignkit.show import show_row; assert show_row(torch.rand(2, 3, 8, 8), 'ab').data[:4] == b'\\x89PNG'",
-    "pipelines": "from alignkit.pipelines import encode, load; pipe = load(PIPE); assert encode(pipe, ['a cat', 'a cat', 'a dog']).shape[0] == 3",
-    "mdp": "from alignkit.mdp import draw; assert tuple(draw(pipe, ['a cat', 'a dog'], num_inference_steps=2, guidance_scale=2.).shape) == (2, 3, 32, 32)",
-    "logprob": "import torch; from alignkit.logprob import step_log_prob; assert abs(step_log_prob(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 1)).item() + 0.9189385) < 1e-6",
-    "prompts": "from alignkit.prompts import get_prompts; assert len(get_prompts('simple_animals').texts) == 45 and get_prompts(['a', 'b']).sample(0, 0, 0) in 'ab'",
-    "clip_files": "from alignkit.clip_files import read_clip, read_tokenizer; assert not read_clip().training and read_tokenizer().model_max_length == 16",
-    "rewards": "from alignkit.rewards import get_reward, score; r = get_reward({'jpeg_compressibility': 1., 'jpeg_incompressibility': 1.}); assert score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).tolist() == [0, 0]",
-    "jpeg_soft": "r = get_reward('jpeg_soft'); assert r.differentiable and score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).shape == (2,)",
-    "clip_rewards": "r = get_reward('clip_similarity'); assert score(r, torch.rand(2, 3, 64, 64), ['a cat', 'a dog']).abs().max() <= 1",
-    "vlm_rewards": "from alignkit.vlm_rewards import prompt_alignment, vqa; r = vqa({'two cats': [('How many?', '2')]}, vlm=lambda files, questions: ['There are two.'] * len(questions)); assert r(torch.rand(1, 3, 16, 16), ['two cats']).item() == 1",
-    "object_count": "from alignkit.object_count import box_iou, object_count; assert box_iou(torch.tensor([[[0., 0., 1., 1.]]])).item() == 1",
-    "reward_model": "r = get_reward({'gold': 1., 'tiny_aesthetic': 1.}); assert score(r, torch.rand(2, 3, 64, 64), ['cat', 'dog']).shape == (2,)",
-    "scorer": "from alignkit.scorer import Scorer\nwith Scorer(get_reward(lambda images, prompts: [1.] * len(prompts))) as scorer:\n"
-              "    scorer.submit(torch.rand(2, 3, 8, 8), ['a', 'b'])\n    assert scorer.result().tolist() == [1, 1]",
-    "runs": "from alignkit.runs import RunFolder, environment, image_grid; RunFolder('one').create({}); assert environment()['versions']['torch'] and image_grid(torch.rand(3, 3, 8, 8), 2).size == (16, 16)",
-    "ddpo": "from alignkit.ddpo import preset, train; run = train(PIPE, prompts=['a cat'], cfg=preset('trl', mixed_precision='no', samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2, num_epochs=1), out='two'); "
-            "assert len(run.history) == 1; run.save_lora('lora'); run.plot('queries')",
-    "memory": "from alignkit.memory import plan; assert 1e7 < plan('tiny', 'ddpo').peak_bytes < 1e10",
-    "alignprop": "from alignkit.alignprop import AlignPropConfig, train as backprop; from alignkit.rewards import Reward; light = Reward(lambda images, prompts: images.mean((1, 2, 3)), 'light', differentiable=True); "
-                 "assert len(backprop(PIPE, light, ['a cat'], AlignPropConfig(num_epochs=1, samples_per_epoch=2, updates_per_epoch=1, num_inference_steps=2)).history) == 1",
-    "rwr": "from alignkit.rwr import RWRConfig, train as regress; assert len(regress(PIPE, prompts=['a cat'], cfg=RWRConfig(num_epochs=1, samples_per_epoch=4, updates_per_epoch=2, num_inner_epochs=1, num_inference_steps=2)).history) == 1",
-    "evaluate": "from alignkit.evaluate import evaluate; assert len(evaluate({'mine': run}, ['a cat'], ('jpeg_compressibility',), num_samples=3, num_inference_steps=2)) > 0",
-    "curves": "from alignkit.curves import task_config; from alignkit.runs import read_run; assert len(read_run('two').history) == 1 and task_config('jpeg_soft', 'alignprop_k1')[1].eval_every == 4",
-    "tiny": "import numpy; from alignkit.tiny import load_glyphs, render; assert render('cat', 'riding a bike', numpy.random.default_rng(0), load_glyphs(GLYPHS)).shape == (64, 64, 3)",
-}
+CALLS = dict(  # one function of every module, called as a user would; later ones use what earlier ones made
+    show="""
+        from alignkit.show import show_row
+        assert show_row(torch.rand(2, 3, 8, 8), 'ab').data[:4] == b'\\x89PNG'""",
+    compat="""
+        from alignkit.compat import storage_key
+        assert storage_key((x := torch.rand(3)).untyped_storage()) == storage_key(x[1:].untyped_storage())""",
+    pipelines="""
+        from alignkit.pipelines import encode, load
+        pipe = load(PIPE)
+        assert encode(pipe, ['a cat', 'a cat', 'a dog']).shape[0] == 3""",
+    families="""
+        from alignkit.pipelines import FAMILIES, lookup
+        assert lookup(FAMILIES, 'StableDiffusionXLPipeline').__name__ == 'open_sdxl'""",
+    mdp="""
+        from alignkit.mdp import draw
+        assert tuple(draw(pipe, ['a cat', 'a dog'], num_inference_steps=2, guidance_scale=2.).shape) == (2, 3, 32, 32)""",
+    logprob="""
+        from alignkit.logprob import step_log_prob
+        assert abs(step_log_prob(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 1)).item() + 0.9189385) < 1e-6""",
+    prompts="""
+        from alignkit.prompts import get_prompts
+        assert len(get_prompts('simple_animals').texts) == 45 and get_prompts(['a', 'b']).sample(0, 0, 0) in 'ab'""",
+    clip_files="""
+        from alignkit.clip_files import read_clip, read_tokenizer
+        assert not read_clip().training and read_tokenizer().model_max_length == 16""",
+    rewards="""
+        from alignkit.rewards import get_reward, score
+        r = get_reward({'jpeg_compressibility': 1., 'jpeg_incompressibility': 1.})
+        assert score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).tolist() == [0, 0]""",
+    scorer="""
+        from alignkit.scorer import Scorer
+        with Scorer(get_reward(lambda images, prompts: [1.] * len(prompts))) as scorer:
+            scorer.submit(torch.rand(2, 3, 8, 8), ['a', 'b'])
+            assert scorer.result().tolist() == [1, 1]""",
+    jpeg_soft="""
+        r = get_reward('jpeg_soft')
+        assert r.differentiable and score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).shape == (2,)""",
+    clip_rewards="""
+        r = get_reward('clip_similarity')
+        assert score(r, torch.rand(2, 3, 64, 64), ['a cat', 'a dog']).abs().max() <= 1""",
+    vlm_rewards="""
+        from alignkit.vlm_rewards import prompt_alignment, vqa
+        r = vqa({'two cats': [('How many?', '2')]}, vlm=lambda files, questions: ['There are two.'] * len(questions))
+        assert r(torch.rand(1, 3, 16, 16), ['two cats']).item() == 1""",
+    object_count="""
+        from alignkit.object_count import box_iou, object_count
+        assert box_iou(torch.tensor([[[0., 0., 1., 1.]]])).item() == 1""",
+    reward_model="""
+        r = get_reward({'gold': 1., 'tiny_aesthetic': 1.})
+        assert score(r, torch.rand(2, 3, 64, 64), ['cat', 'dog']).shape == (2,)""",
+    runs="""
+        from alignkit.runs import RunFolder, environment, image_grid
+        RunFolder('one').create({})
+        assert environment()['versions']['torch'] and image_grid(torch.rand(3, 3, 8, 8), 2).size == (16, 16)""",
+    judges="""
+        from alignkit.judges import drift
+        from alignkit.pipelines import add_lora
+        add_lora(pipe.unet)
+        assert drift(pipe, ['a cat'], num_inference_steps=2).abs().max() < 1e-6""",
+    fast="""
+        from alignkit.fast import fast
+        with fast(pipe.unet, chosen={}): assert 'forward' in pipe.unet.conv_in.__dict__
+        assert 'forward' not in pipe.unet.conv_in.__dict__""",
+    training="""
+        from alignkit.training import TrainConfig, drawing
+        assert drawing(vars(TrainConfig())).num_inference_steps == 15""",
+    ddpo="""
+        from alignkit.ddpo import preset, train
+        few = dict(samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2, num_epochs=1)
+        run = train(PIPE, prompts=['a cat'], cfg=preset('trl', mixed_precision='no', **few), out='two')
+        assert len(run.history) == 1
+        run.save_lora('lora')
+        run.plot('queries')""",
+    memory="""
+        from alignkit.memory import plan
+        from alignkit.ddpo import DDPOConfig
+        assert 1e7 < plan('tiny', DDPOConfig()).peak_bytes < 1e10""",
+    alignprop="""
+        from alignkit.alignprop import AlignPropConfig, train as backprop
+        from alignkit.rewards import Reward
+        light = Reward(lambda images, prompts: images.mean((1, 2, 3)), 'light', differentiable=True)
+        cfg = AlignPropConfig(num_epochs=1, samples_per_epoch=2, updates_per_epoch=1, num_inference_steps=2)
+        assert len(backprop(PIPE, light, ['a cat'], cfg).history) == 1""",
+    rwr="""
+        from alignkit.rwr import RWRConfig, train as regress
+        assert len(regress(PIPE, prompts=['a cat'], cfg=RWRConfig(**few, num_inner_epochs=1)).history) == 1""",
+    evaluate="""
+        from alignkit.evaluate import evaluate
+        assert len(evaluate({'mine': run}, ['a cat'], ('jpeg_compressibility',), num_samples=3, num_inference_steps=2)) > 0""",
+    curves="""
+        from alignkit.curves import task_config
+        from alignkit.runs import read_run
+        assert len(read_run('two').history) == 1 and task_config('jpeg_soft', 'alignprop_k1')[1].eval_every == 4""",
+    tiny="""
+        import numpy
+        from alignkit.tiny import load_glyphs, render
+        assert render('cat', 'riding a bike', numpy.random.default_rng(0), load_glyphs(GLYPHS)).shape == (64, 64, 3)""",
+)
 
 
 def test_modules_work_from_a_fresh_process_elsewhere(pipe_folder, tmp_path):
     "Exported code leans on nothing of its notebook: one function of every module runs in a fresh process in another folder."
     assert sorted(CALLS) == MODULES  # a new module gets a line above
-    order = [m for m in CALLS]
-    python(f"import torch, matplotlib; matplotlib.use('agg'); torch.set_num_threads(1); PIPE = {pipe_folder!r}; GLYPHS = {str(ROOT / 'data' / 'glyphs')!r}\n" + "\n".join(CALLS[m] for m in order), tmp_path)
+    first = f"""
+        import torch, matplotlib
+        matplotlib.use('agg')
+        torch.set_num_threads(1)
+        PIPE, GLYPHS = {pipe_folder!r}, {str(ROOT / 'data' / 'glyphs')!r}"""
+    python("\n".join(dedent(code) for code in (first, *CALLS.values())), tmp_path)
 
 
 def test_the_wheel_brings_its_data(tree, tmp_path):
-    "A wheel built offline and unpacked elsewhere loads the embedded pipeline and trains one epoch; it carries the licence of the font and no notebook."
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path / "wheels", tree], check=True, capture_output=True, timeout=300)
+    "A wheel built offline and unpacked elsewhere trains an epoch of the embedded pipeline; it carries the font's licence and no notebook."
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "-w", tmp_path / "wheels", tree], check=True, capture_output=True, timeout=300)
     wheel, = (tmp_path / "wheels").glob("alignkit-*.whl")
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
@@ -115,10 +200,15 @@ def test_the_wheel_brings_its_data(tree, tmp_path):
     assert not [n for n in names if n.endswith(".ipynb") or n.startswith(("tests/", "nbs/"))]
     wanted = {f"alignkit/{p.relative_to(ROOT)}" for p in (ROOT / "data").rglob("*") if p.is_file()}
     assert wanted <= set(names), sorted(wanted - set(names))[:5]
-    out = python("import alignkit.pipelines as p, torch; torch.set_num_threads(1); print(p.__file__); print(p.data_dir())\n"
-                 "from alignkit.ddpo import train, DDPOConfig\n"
-                 "run = train('tiny', 'jpeg_compressibility', 'simple_animals', DDPOConfig(num_epochs=1, samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2), out='run')\n"
-                 "assert run.history.reward_mean[0] < 0", tmp_path, tmp_path / "site")
+    out = python(dedent("""
+        import alignkit.pipelines as p, torch
+        from alignkit.ddpo import train, DDPOConfig
+        torch.set_num_threads(1)
+        print(p.__file__)
+        print(p.data_dir())
+        cfg = DDPOConfig(num_epochs=1, samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2)
+        run = train('tiny', 'jpeg_compressibility', 'simple_animals', cfg, out='run')
+        assert run.history.reward_mean[0] < 0"""), tmp_path, tmp_path / "site")
     assert out.split() == [str(tmp_path / "site" / "alignkit" / "pipelines.py"), str(tmp_path / "site" / "alignkit" / "data")]
 
 
@@ -133,8 +223,11 @@ def test_torchvision_is_absent_or_works():
 @pytest.mark.skipif(not (ROOT / "nbs" / "make_readme.py").is_file(), reason="nbs/make_readme.py is not here")
 def test_readme_is_what_the_index_says(tree):
     "README.md and its pictures are generated from nbs/index.ipynb."
-    files = lambda: {p: p.read_bytes() for p in (tree / "README.md", *sorted((tree / "nbs").rglob("*"))) if p.is_file() and "__pycache__" not in p.parts}
+    def files():
+        found = (tree / "README.md", *sorted((tree / "nbs").rglob("*")))
+        return {p: p.read_bytes() for p in found if p.is_file() and "__pycache__" not in p.parts}
     before = files()
-    done = subprocess.run([sys.executable, "nbs/make_readme.py"], cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run([sys.executable, "nbs/make_readme.py"], cwd=tree, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert files() == before

@@ -1,24 +1,25 @@
 "Reward-weighted regression end to end, on a pipeline with random weights: the numerics contract holds as it does for DDPO."
-import json, os, signal, socket, subprocess, sys
-from pathlib import Path
+import json, os, signal
+from dataclasses import replace
 from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 from alignkit import rwr, training
-from alignkit.pipelines import Cond, Model, load, open_model
+from alignkit.pipelines import Cond, load, open_model
 from alignkit.rewards import Reward, RewardError
 from alignkit.rwr import PRESETS, RWRConfig, denoising_loss, preset, regression_draws, rwr_weights, sparse_weights, train, update_groups
-from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, updates_of, weights
+from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, on_two, updates_of, weights
 
 named = Reward(brightness, "brightness")
 
 
 def small(**changes):
     "Four epochs of eight pictures, two passes of two updates, with ragged batches and evaluations."
-    return RWRConfig(**{**dict(num_epochs=4, samples_per_epoch=8, sample_batch_size=5, updates_per_epoch=2, num_inner_epochs=2, micro_batch_size=3, num_inference_steps=4, beta=50.,
-                               eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2, fast="onednn"), **changes})
+    few = dict(num_epochs=4, samples_per_epoch=8, sample_batch_size=5, updates_per_epoch=2, num_inner_epochs=2, micro_batch_size=3,
+               beta=50., num_inference_steps=4, eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2, fast="onednn")
+    return RWRConfig(**{**few, **changes})
 
 
 def go(pipe_folder, out=None, reward=named, resume=False, callbacks=(), **changes):
@@ -27,11 +28,12 @@ def go(pipe_folder, out=None, reward=named, resume=False, callbacks=(), **change
 
 # Adam divides a gradient by its own size; with an epsilon far above rounding the update is as smooth as the gradient
 SMOOTH = dict(adam_epsilon=1e-2, num_epochs=2, eval_every=0)
-KINDS = {"softmax": dict(), "per prompt": dict(per_prompt=True), "guided": dict(guidance_scale=3.), "sparse": dict(weights="sparse", share=0.5),
+KINDS = {"softmax": dict(), "per prompt": dict(per_prompt=True), "guided": dict(guidance_scale=3.),
+         "sparse": dict(weights="sparse", share=0.5),
          "one kept": dict(weights="sparse", share=0.05, updates_per_epoch=4)}  # one picture a round: a second process has none
 
 
-# weights ---------------------------------------------------------------------------------------------------------------------------------------------
+# weights -----------------------------------------------------------------------------------------------------------------------
 
 def reference_weights(labels, temperature, prompts=None):
     "The JAX code's formula, written out: a shifted softmax of labels * temperature, times the number of labels."
@@ -66,12 +68,11 @@ def test_sparse_weights(share):
     for n in (1, 2, 5, 11, 64, 1000):
         for r in (rng.normal(size=n), rng.integers(0, 4, n).astype(float)):
             kept = sparse_weights(torch.tensor(r), share)
-            assert kept.dtype == torch.float32 and set(kept.tolist()) <= {0., 1.} and kept.sum() >= 1
-            threshold = np.percentile(r, 100 * (1 - share))
-            assert_close(kept.numpy() == 1, r >= threshold - 1e-9)
+            at_least = lambda x: x >= np.percentile(x, 100 * (1 - share)) - 1e-9
+            assert_close(kept.numpy() == 1, at_least(r))
             prompts = rng.choice(["a", "b"], n)
             within = sparse_weights(torch.tensor(r), share, prompts.tolist()).numpy()
-            for p in np.unique(prompts): assert_close(within[prompts == p] == 1, r[prompts == p] >= np.percentile(r[prompts == p], 100 * (1 - share)) - 1e-9)
+            for p in np.unique(prompts): assert_close(within[prompts == p] == 1, at_least(r[prompts == p]))
     assert sparse_weights(torch.randn(10240), 0.1).sum() == 1024  # the paper's numbers
     assert sparse_weights(torch.full((7,), 0.1), 0.3).all()
 
@@ -91,7 +92,7 @@ def test_bad_weights(call, words):
     with pytest.raises(ValueError, match=words): call()
 
 
-# loss ------------------------------------------------------------------------------------------------------------------------------------------------
+# loss --------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("guidance_scale", [1., 5.])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -124,16 +125,16 @@ def test_half_precision_keeps_targets_and_loss_in_float32(pipe_folder):
     def predict(net, x, t, cond):
         seen["x"] = x
         return torch.zeros_like(x)
-    model = Model(None, None, open_model(pipe_folder).scheduler, "epsilon", (4, 8, 8), None, predict, None, (), {})
-    noise = torch.randn(2, 4, 8, 8)
-    cond = Cond(text=torch.zeros(2, 3, 5))
-    loss = denoising_loss(model, None, torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), noise, cond, dtype=torch.bfloat16)
+    model = replace(open_model(pipe_folder), predict=predict)
+    x0, noise = torch.randn(2, 2, 4, 8, 8)
+    t, cond = torch.tensor([3, 900]), Cond(text=torch.zeros(2, 3, 5))
+    loss = denoising_loss(model, None, x0, t, noise, cond, dtype=torch.bfloat16)
     assert seen["x"].dtype == torch.bfloat16 and loss.dtype == torch.float32
     assert_close(loss, noise.square().flatten(1).mean(1))
 
 
 def test_draws_belong_to_pictures():
-    "Timesteps are uniform over all training timesteps; a picture's draw does not depend on its batch, and is another in each pass, epoch and seed."
+    "Timesteps are uniform; a picture's draw does not depend on its batch, and is another in each pass, epoch and seed."
     t, noise = regression_draws(list(range(4000)), (1, 2, 2), 1000, 0, 1, 2)
     assert t.min() < 10 and t.max() > 989 and abs(t.float().mean() - 499.5) < 5 * 1000 / 12**0.5 / 4000**0.5
     assert abs(noise.mean()) < 5 / 16000**0.5 and abs(noise.var() - 1) < 5 * (2 / 16000)**0.5
@@ -150,16 +151,19 @@ def test_groups():
         assert sorted(sum(groups, [])) == kept and len(groups) == min(4, len(kept))
         assert max(map(len, groups)) - min(map(len, groups)) <= 1 and min(map(len, groups)) >= 1
     cfg, kept = RWRConfig(updates_per_epoch=4), list(range(32))
-    seen = [update_groups(kept, c, e, i) for c, e, i in ((cfg, 0, 0), (cfg, 0, 1), (cfg, 1, 0), (RWRConfig(updates_per_epoch=4, seed=1), 0, 0))]
+    which = ((cfg, 0, 0), (cfg, 0, 1), (cfg, 1, 0), (RWRConfig(updates_per_epoch=4, seed=1), 0, 0))
+    seen = [update_groups(kept, c, e, i) for c, e, i in which]
     assert seen[0] == update_groups(kept, cfg, 0, 0) and all(a != seen[0] for a in seen[1:])
 
 
-# training --------------------------------------------------------------------------------------------------------------------------------------------
+# training ----------------------------------------------------------------------------------------------------------------------
+
+WHOLE = {**SMOOTH, "micro_batch_size": 8, "sample_batch_size": 8}
 
 @pytest.fixture(scope="module")
 def whole(pipe_folder):
     "Each kind's weights after every update, on one process and without cutting."
-    seen = {name: updates_of(lambda: go(pipe_folder, **{**SMOOTH, **kind, "micro_batch_size": 8, "sample_batch_size": 8})) for name, kind in KINDS.items()}
+    seen = {name: updates_of(lambda: go(pipe_folder, **{**WHOLE, **kind})) for name, kind in KINDS.items()}
     assert {name: len(s) for name, s in seen.items()} == {**dict.fromkeys(KINDS, 2 * 2 * 2), "one kept": 2 * 2 * 1}
     assert all((s[-1] - s[0]).abs().max() > 1e-3 for s in seen.values())  # the comparisons mean something
     return seen
@@ -177,22 +181,26 @@ def test_a_memory_budget_chooses_the_settings(pipe_folder, whole, tmp_path, caps
     "memory_budget_gb lowers what is done at a time, says so, and leaves the update alone; out of memory names the setting to lower."
     with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does"): go(pipe_folder, memory_budget_gb=1e-5, **SMOOTH)
     tight, used = plan(pipe_folder, "ddpo", small(**{**SMOOTH, "micro_batch_size": 2, "sample_batch_size": 1})).peak_gb + 1e-6, []
-    with patch("alignkit.rwr.denoising_loss", side_effect=lambda unet, scheduler, x0, *args: used.append(len(x0)) or denoising_loss(unet, scheduler, x0, *args)):
-        seen = updates_of(lambda: go(pipe_folder, tmp_path, memory_budget_gb=tight, **{**SMOOTH, "micro_batch_size": 8, "sample_batch_size": 8}))
+    def recording(unet, scheduler, x0, *args):
+        used.append(len(x0))
+        return denoising_loss(unet, scheduler, x0, *args)
+    with patch("alignkit.rwr.denoising_loss", side_effect=recording):
+        seen = updates_of(lambda: go(pipe_folder, tmp_path, memory_budget_gb=tight, **WHOLE))
     assert_close(seen, whole["softmax"], rtol=0, atol=2e-4 * (whole["softmax"][-1] - whole["softmax"][0]).abs().max().item())
     chosen = json.loads((tmp_path / "config.json").read_text())["config"]["micro_batch_size"]
     assert max(used) == chosen == 2 and f"micro_batch_size={chosen}" in capsys.readouterr().out
     gone = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    with patch("alignkit.rwr.denoising_loss", side_effect=gone), pytest.raises(torch.OutOfMemoryError, match=r"lower micro_batch_size \(now 3\).*memory.fit for .* would choose micro_batch_size="): go(pipe_folder)
+    words = r"lower micro_batch_size \(now 3\).*memory.fit for .* would choose micro_batch_size="
+    with patch("alignkit.rwr.denoising_loss", side_effect=gone), pytest.raises(torch.OutOfMemoryError, match=words): go(pipe_folder)
 
 
 def test_the_gradient_is_the_weighted_mean(pipe_folder):
     "The first update's gradient, from the run's own rewards and latents: the mean over its pictures of weight times error."
     from alignkit.mdp import get_sampler, policy, rollout, sample_noise
     from alignkit.pipelines import add_lora
-    cfg = small(num_epochs=1, updates_per_epoch=2, num_inner_epochs=1, eval_every=0, max_grad_norm=1e9)
-    norms = []
-    go(pipe_folder, num_epochs=1, updates_per_epoch=2, num_inner_epochs=1, eval_every=0, max_grad_norm=1e9, learning_rate=1e-12, callbacks=[lambda run, row: norms.append(row["grad_norm"])])
+    first = dict(num_epochs=1, updates_per_epoch=2, num_inner_epochs=1, eval_every=0, max_grad_norm=1e9)
+    cfg, norms = small(**first), []
+    go(pipe_folder, **first, learning_rate=1e-12, callbacks=[lambda run, row: norms.append(row["grad_norm"])])
     from alignkit.prompts import get_prompts
     model, prompts = open_model(pipe_folder), get_prompts(PROMPTS)
     params = add_lora(model.net, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
@@ -210,55 +218,14 @@ def test_the_gradient_is_the_weighted_mean(pipe_folder):
     assert_close(norms[0], torch.stack(expected).mean().item(), rtol=1e-3, atol=0)
 
 
-def on_two(pipe_folder, out):
-    from accelerate import PartialState
-    from accelerate.state import AcceleratorState
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(True)  # the parent's, inherited by the fork
-    seen = {name: updates_of(lambda: go(pipe_folder, **{**SMOOTH, **kind}))
-            for name, kind in KINDS.items()}
-    assert PartialState().num_processes == 2
-    torch.save(seen, out / f"rank_{PartialState().process_index}.pt")
-
-
 def test_two_processes_agree(pipe_folder, whole, tmp_path):
-    "Invariants 5.7 and 5.8: two processes hold the same weights after every update, and they are those of one process within float error; also where an update has no picture for one of them."
-    from accelerate import debug_launcher
-    debug_launcher(on_two, (pipe_folder, tmp_path), num_processes=2)
-    ranks = [torch.load(tmp_path / f"rank_{r}.pt", weights_only=True) for r in (0, 1)]
+    "Invariants 5.7 and 5.8: two processes hold equal weights, those of one process; also where an update has no picture for one of them."
+    def kinds(): return {name: updates_of(lambda: go(pipe_folder, **{**SMOOTH, **kind})) for name, kind in KINDS.items()}
+    ranks = on_two(kinds, tmp_path)
     for name in KINDS:
         assert torch.equal(ranks[0][name], ranks[1][name]), name
-        assert_close(ranks[0][name], whole[name], rtol=0, atol=2e-4 * (whole[name][-1] - whole[name][0]).abs().max().item(), msg=lambda m: f"{name}: {m}")
-
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_rwr import go
-from accelerate import PartialState
-go({pipe!r}, {out!r}, resume=True, num_epochs=int(sys.argv[1]), adam_epsilon=1e-2, eval_every=1, weights="sparse", share=0.3)
-assert PartialState().num_processes == 2
-"""
-
-
-def test_torchrun_end_to_end(pipe_folder, tmp_path):
-    "With real launches: two processes start a run, two others resume it, and the result is that of one process, history included."
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), pipe=pipe_folder, out=str(tmp_path / "run")))
-    for epochs in (1, 2):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port), script, str(epochs)],
-                              env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-    go(pipe_folder, tmp_path / "one", num_epochs=2, adam_epsilon=1e-2, eval_every=1, weights="sparse", share=0.3)
-    a, b = (weights(tmp_path / f / "lora") for f in ("run", "one"))
-    assert a.keys() == b.keys() and len(a) > 0
-    for k in a: assert_close(a[k], b[k], rtol=0, atol=1e-5)
-    for x, y in zip(history(tmp_path / "run"), history(tmp_path / "one"), strict=True):
-        for k in ("epoch", "step", "queries", "lr", "effective_samples"): assert x[k] == y[k]
-        for k in ("reward_mean", "reward_std", "eval_reward_mean", "loss", "grad_norm"): assert abs(x[k] - y[k]) < 1e-4 * max(1, abs(y[k])), k
+        moved = (whole[name][-1] - whole[name][0]).abs().max().item()
+        assert_close(ranks[0][name], whole[name], rtol=0, atol=2e-4 * moved, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +250,8 @@ def killed(pipe_folder, out, moment):
         rwr.denoising_loss = loss
         go(pipe_folder, out)
     else:
-        replace = os.replace
-        os.replace = lambda a, b: kill() if str(b).endswith("epoch_0001") else replace(a, b)
+        rename = os.replace
+        os.replace = lambda a, b: kill() if str(b).endswith("epoch_0001") else rename(a, b)
         go(pipe_folder, out)
 
 
@@ -303,7 +270,8 @@ def test_a_reward_that_fails_stops_and_resumes(pipe_folder, unbroken_run, tmp_pa
         calls.append(1)
         if len(calls) == 5: raise ConnectionError("the server is away")
         return brightness(images, prompts)
-    with pytest.raises(RewardError, match="'brightness', epoch 1: raised ConnectionError"): go(pipe_folder, tmp_path / "run", reward=Reward(bad, "brightness"))
+    with pytest.raises(RewardError, match="'brightness', epoch 1: raised ConnectionError"):
+        go(pipe_folder, tmp_path / "run", reward=Reward(bad, "brightness"))
     go(pipe_folder, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", unbroken_run)
 
@@ -331,8 +299,9 @@ def test_bfloat16_trains(pipe_folder):
 
 @pytest.mark.parametrize("kind", ["softmax", "sparse", "guided"])
 def test_the_reward_decides_where_it_goes(pipe_folder, kind):
-    "The regression moves a policy even without a reward, so the opposite reward is the control: same seeds, same held-out noise, and the pictures of the first are the brighter ones."
-    changes = {**KINDS[kind], "beta": 200., "samples_per_epoch": 16, "num_epochs": 4, "eval_samples": 16, "eval_every": 4, "num_inner_epochs": 10, "learning_rate": 3e-3}
+    "The regression moves a policy even without a reward, so the opposite reward is the control: same seeds, same noise, darker pictures."
+    changes = {**KINDS[kind], "beta": 200., "samples_per_epoch": 16, "num_epochs": 4, "eval_samples": 16, "eval_every": 4,
+               "num_inner_epochs": 10, "learning_rate": 3e-3}
     if kind == "sparse": changes |= dict(share=0.125, samples_per_epoch=32)
     up = go(pipe_folder, **changes)
     down = go(pipe_folder, reward=Reward(lambda images, prompts: -brightness(images, prompts), "darkness"), **changes)
@@ -342,9 +311,9 @@ def test_the_reward_decides_where_it_goes(pipe_folder, kind):
 def test_history_and_adapter(pipe_folder, unbroken_run):
     "The columns of the design; a round's queries; what is saved is what was trained, and plain diffusers loads it."
     rows = history(unbroken_run)
-    assert {"epoch", "step", "queries", "reward_mean", "reward_std", "loss", "grad_norm", "approx_kl", "clipfrac", "lr"} <= set(rows[0])
+    assert {"epoch", "step", "queries", "reward_mean", "reward_std", "loss", "grad_norm", "lr"} <= set(rows[0])
     assert [r["queries"] for r in rows] == [8, 16, 24, 32] and [r["step"] for r in rows] == [4, 8, 12, 16]
-    assert all(r["approx_kl"] == r["clipfrac"] == 0 and 1 <= r["effective_samples"] <= 8 for r in rows)
+    assert all(1 <= r["effective_samples"] <= 8 for r in rows)
     from diffusers import StableDiffusionPipeline
     StableDiffusionPipeline.from_pretrained(pipe_folder, safety_checker=None).load_lora_weights(unbroken_run / "lora")
     assert bits(weights(sorted((unbroken_run / "checkpoints").iterdir())[-1])) == bits(weights(unbroken_run / "lora"))
