@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 from alignkit import training
-from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, kept_steps, one_step_rollout, preset, renoised_last_step, train
+from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, kept_steps, one_step_rollout, preset
+from alignkit.alignprop import renoised_last_step, train
 from alignkit.mdp import generator_for, get_sampler, policy
 from alignkit.pipelines import Cond, open_model
 from alignkit.rewards import Reward, RewardError
