@@ -345,14 +345,14 @@ def _forward_phases(cfg, bytes_of, chain, B, rows, data, there):
         phases["sample"] = {DATA: data, "gradients": there, "checkpoints": max(K - stored - 1, 0) * chain.checkpoint, "workspace": work}
     if stored:
         last = chain.first if stored == 1 else chain.more
-        phases["kept steps"] = {DATA: data, "checkpoints": (K - stored) * chain.checkpoint, "UNet activations": chain.stack(stored), "gradients": there,
+        phases["kept steps"] = {DATA: data, "checkpoints": (K - stored) * chain.checkpoint, "network activations": chain.stack(stored), "gradients": there,
                                 "workspace": last["forward"] - last["held"]}
     return phases
 
 def _decoder_phases(cfg, bytes_of, chain, rows, done, there):
     "Pictures, and the gradient back to the latents, while the chain waits."
     pictures = rows * bytes_of.picture
-    waits = {DATA: done, "checkpoints": (chain.K - chain.stored) * chain.checkpoint, "UNet activations": chain.stack(chain.stored), "gradients": there}
+    waits = {DATA: done, "checkpoints": (chain.K - chain.stored) * chain.checkpoint, "network activations": chain.stack(chain.stored), "gradients": there}
     if cfg.vae_slicing:
         n = min(cfg.vae_slicing, rows)
         one, seen = bytes_of.decode(n, grad=True), bytes_of.decode(n)
@@ -373,7 +373,7 @@ def _backward_phases(cfg, bytes_of, chain, rows, done, accumulates):
     def back(call, others, checkpoints, made):  # made: this call makes the gradients, or the sums in which autograd gathers them over several steps
         held, new, work = bytes_of.backward(call, made)
         gathered = there + (0 if made or single else G)
-        return {DATA: done, "checkpoints": checkpoints * chain.checkpoint, "UNet activations": others + held, "gradients": gathered + new, "workspace": work}
+        return {DATA: done, "checkpoints": checkpoints * chain.checkpoint, "network activations": others + held, "gradients": gathered + new, "workspace": work}
     def most(*options): return max(options, key=lambda parts: sum(parts.values()))
     phases, todo = {}, K - stored
     if stored and single: phases["steps backward"] = back(call(stored < K, True), 0, todo, False)
@@ -395,9 +395,9 @@ def _phases(cfg, bytes_of):
     earlier, shown = min(max(N - B, 0), SHOWN) * bytes_of.picture, min(N, SHOWN) * bytes_of.picture  # an epoch's first pictures are kept until they are recorded
     data = B * bytes_of.latent * draws + earlier
     done = data + rows * bytes_of.picture
-    bytes_of.note("UNet activations of one kept step", (chain.more or chain.first)["held"])
+    bytes_of.note("network activations of one kept step", (chain.more or chain.first)["held"])
     bytes_of.note("checkpoint of one step", chain.checkpoint)
-    bytes_of.note("one UNet call, backward", (chain.more or chain.first)["backward"])
+    bytes_of.note("one call of the network, backward", (chain.more or chain.first)["backward"])
     bytes_of.tell(kept_steps=chain.K, stored_steps=chain.stored, micro_batch_size=B, accumulates=accumulates)
     return {**_forward_phases(cfg, bytes_of, chain, B, rows, data, there), **_decoder_phases(cfg, bytes_of, chain, rows, done, there),
             **_backward_phases(cfg, bytes_of, chain, rows, done, accumulates),
