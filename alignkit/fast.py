@@ -6,7 +6,7 @@
 __all__ = ['LIBRARIES', 'linear', 'products', 'fast']
 
 # %% ../nbs/06b_fast.ipynb #96d53fe3
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MethodType
 import time
@@ -46,19 +46,83 @@ class _AdaptedLinear(torch.autograd.Function):
         rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
         return grad_x, None, None, ctx.s * ((grad @ B).T @ rows), ctx.s * (grad.T @ (rows @ A.T)), None, None
 
+# %% ../nbs/06b_fast.ipynb #3f9a60d5
+def _listened(*layers):
+    "Whether hooks wait for these layers to be called: then reading their weights is not enough."
+    return any(l._forward_hooks or l._forward_pre_hooks or l._backward_hooks or l._backward_pre_hooks for l in layers)
+
+def _frozen(layer): return not layer.weight.requires_grad and (layer.bias is None or not layer.bias.requires_grad)
+
 def _one_plain_adapter(layer):
-    "The name of the only active adapter, if it is a LoRA without dropout or variant, and the layer is not merged; else None."
+    "A, B and scale of the only active adapter, if it is a LoRA without dropout, bias or variant, and the layer is not merged; else None."
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lora_A or names[0] in layer.lora_variant: return None
-    if layer.disable_adapters or layer.merged or not isinstance(layer.lora_dropout[names[0]], nn.Identity): return None
-    return names[0]
+    name = names[0]
+    A, B = layer.lora_A[name], layer.lora_B[name]
+    if layer.disable_adapters or layer.merged or not isinstance(layer.lora_dropout[name], nn.Identity): return None
+    if B.bias is not None or _listened(A, B) or not (is_plain(A) and is_plain(B)): return None
+    return A.weight, B.weight, layer.scaling[name]
 
 def _adapted_forward(layer, x, *args, pixel=(True, True), **kwargs):
     "The forward of a peft LoRA layer, product of the factors first. Everything but one plain adapter in float32 is left to peft."
-    base, name = layer.base_layer, _one_plain_adapter(layer)
-    plain = name is not None and not (args or kwargs) and not torch.is_autocast_enabled(x.device.type)
-    if not plain or not x.dtype == base.weight.dtype == torch.float32: return type(layer).forward(layer, x, *args, **kwargs)
-    return _AdaptedLinear.apply(x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], pixel)
+    base, adapter = layer.base_layer, _one_plain_adapter(layer)
+    plain = adapter is not None and not (args or kwargs) and _frozen(base) and _ours(base) and not _listened(base)
+    if not plain or torch.is_autocast_enabled(x.device.type): return type(layer).forward(layer, x, *args, **kwargs)
+    A, B, s = adapter
+    if not x.dtype == base.weight.dtype == A.dtype == B.dtype == torch.float32: return type(layer).forward(layer, x)
+    return _AdaptedLinear.apply(x, base.weight, base.bias, A, B, s, pixel)
+
+# %% ../nbs/06b_fast.ipynb #9b35af15
+LIBRARIES = ("onednn", "blas")
+_MEASURED = {}  # of this process: product -> library
+
+@torch.no_grad()
+def _seconds(d_in, d_out, back=False, tokens=64, repeats=5):
+    "How long each of `LIBRARIES` takes for one product, here and now; the shortest of some calls. No random number is drawn."
+    x = torch.ones(max(1, 2**24 // (tokens * d_in * d_out)), tokens, d_in)  # a product of 17 million multiplications, as training has them
+    W = torch.ones(d_in, d_out).T if back else torch.ones(d_out, d_in)
+    def once(pixel):
+        began = time.perf_counter()
+        linear(x, W, pixel=pixel)
+        return time.perf_counter() - began
+    return [min(once(name == "onednn") for _ in range(repeats)) for name in LIBRARIES]
+
+def _faster(d_in, d_out, back):
+    onednn, blas = _seconds(d_in, d_out, back)
+    return "blas" if blas < onednn else "onednn"
+
+# %% ../nbs/06b_fast.ipynb #1ad5c6e3
+def _walk(*nets):
+    "The modules of some networks; one that is compiled is left out with all that is in it."
+    for net in nets:
+        if net._compiled_call_impl is not None or hasattr(net, "_orig_mod"): continue
+        yield net
+        yield from _walk(*net.children())
+
+def _linear_layers(nets):
+    "Linear layers, each with the one that has the weight: peft's wrap another. An adapter's factors are not among them."
+    from peft.tuners.lora import Linear
+    factors = set()
+    for layer in _walk(*nets):
+        if type(layer) is Linear:
+            factors |= {*layer.lora_A.values(), *layer.lora_B.values()}
+            if type(layer.base_layer) is nn.Linear: yield layer, layer.base_layer
+        elif type(layer) is nn.Linear and layer not in factors: yield layer, layer
+
+def products(
+    *nets:nn.Module,
+    library:str="auto",  # 'auto': whichever is faster for a product, measured once a process in milliseconds; 'onednn' or 'blas' for all of them
+) -> dict[str, str]:  # product, such as '64x512' or '512x64 back' (of a gradient) -> 'onednn' or 'blas'
+    "Which library computes which of the linear layers' products; to be recorded with a run, so that all parts of it round alike."
+    if library not in ("auto", *LIBRARIES): raise ValueError(f"library: 'auto', 'onednn' or 'blas', got {library!r}")
+    shapes = {(base.in_features, base.out_features) for _, base in _linear_layers(nets) if base.weight.device.type == "cpu"}
+    if not torch.backends.mkldnn.is_available(): library = "blas"
+    chosen = {}
+    for d_in, d_out in sorted(shapes):
+        for name, i, o, back in ((f"{d_in}x{d_out}", d_in, d_out, False), (f"{d_out}x{d_in} back", d_out, d_in, True)):
+            if library == "auto" and name not in _MEASURED: _MEASURED[name] = _faster(i, o, back)
+            chosen[name] = _MEASURED[name] if library == "auto" else library
+    return chosen
 
 # %% ../nbs/06b_fast.ipynb #4da59cbc
 class _FrozenLinear(torch.autograd.Function):
@@ -93,7 +157,7 @@ class _FrozenConv(torch.autograd.Function):
 # %% ../nbs/06b_fast.ipynb #c4830a9c
 def _forgets(layer, x):
     "Whether the layer is frozen and on the way of a gradient, so that its input need not be kept."
-    wanted = x.requires_grad and torch.is_grad_enabled() and not layer.weight.requires_grad
+    wanted = x.requires_grad and torch.is_grad_enabled() and _frozen(layer)
     return wanted and layer.weight.dtype == torch.float32 and _on_cpu_in_float32(x)
 
 def _linear_forward(layer, x, pixel=(True, True)):
@@ -101,67 +165,34 @@ def _linear_forward(layer, x, pixel=(True, True)):
     return linear(x, layer.weight, layer.bias, pixel[0])
 
 def _conv_forward(layer, x):
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or not _forgets(layer, x): return type(layer).forward(layer, x)
+    known = layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and "_conv_forward" not in layer.__dict__
+    if not known or not _forgets(layer, x): return type(layer).forward(layer, x)
     return _FrozenConv.apply(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
-# %% ../nbs/06b_fast.ipynb #9b35af15
-LIBRARIES = ("onednn", "blas")
-_MEASURED = {}  # of this process: product -> library
+# %% ../nbs/06b_fast.ipynb #2c9b70aa
+def _ours(layer):
+    "Whether the forward on a layer is the one that `fast` put there."
+    forward = getattr(layer.__dict__.get("forward"), "__func__", None)
+    return isinstance(forward, partial) and forward.func in (_linear_forward, _adapted_forward, _conv_forward)
 
-def _best_time(f, repeats=5):
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - began)
-    return min(times)
+def _take_off(layer):
+    if _ours(layer): del layer.forward
 
-@torch.no_grad()
-def _faster(d_in, d_out, back, tokens=64):
-    "The library that is faster for one product here and now."
-    x = torch.randn(max(1, 2**24 // (tokens * d_in * d_out)), tokens, d_in)  # a product of 17 million multiplications, as training has them
-    W = torch.randn(d_in, d_out).T if back else torch.randn(d_out, d_in)
-    return LIBRARIES[_best_time(lambda: linear(x, W, pixel=False)) < _best_time(lambda: linear(x, W, pixel=True))]
+def _put_back(x, stride):
+    "A tensor's numbers in their old places."
+    if x.stride() != stride: x.data = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x.data)
 
-def _linear_layers(nets):
-    "Linear layers that tokens go through, with the one that has the weight: peft's wrap another."
-    from peft.tuners.lora import Linear
-    for net in nets:
-        for layer in net.modules():
-            if type(layer) is nn.Linear: yield layer, layer
-            elif type(layer) is Linear and type(layer.base_layer) is nn.Linear: yield layer, layer.base_layer
-
-def products(
-    *nets:nn.Module,
-    library:str="auto",  # 'auto': whichever is faster for a product, measured once a process in milliseconds; 'onednn' or 'blas' for all of them
-) -> dict[str, str]:  # product, such as '64x512' or '512x64 back' (of a gradient) -> 'onednn' or 'blas'
-    "Which library computes which of the linear layers' products; to be recorded with a run, so that all parts of it round alike."
-    if library not in ("auto", *LIBRARIES): raise ValueError(f"library: 'auto', 'onednn' or 'blas', got {library!r}")
-    shapes = {(base.in_features, base.out_features) for _, base in _linear_layers(nets) if base.weight.device.type == "cpu"}
-    if not torch.backends.mkldnn.is_available(): library = "blas"
-    chosen = {}
-    for d_in, d_out in sorted(shapes):
-        for name, i, o, back in ((f"{d_in}x{d_out}", d_in, d_out, False), (f"{d_out}x{d_in} back", d_out, d_in, True)):
-            if library == "auto" and name not in _MEASURED: _MEASURED[name] = _faster(i, o, back)
-            chosen[name] = _MEASURED[name] if library == "auto" else library
-    return chosen
-
-# %% ../nbs/06b_fast.ipynb #0e786ab6
-def _patch(net, chosen):
-    "Put the faster forwards on every layer that is as its class made it; returns those layers."
-    patched = []
-    def put(layer, forward):
-        layer.forward = MethodType(forward, layer)
-        patched.append(layer)
+def _forwards(net, chosen):
+    "The faster forward of every layer that is as its class made it."
     for layer, base in _linear_layers([net]):
         if not (is_plain(layer) and is_plain(base)): continue
         d_in, d_out = base.in_features, base.out_features
         pixel = chosen.get(f"{d_in}x{d_out}") == "onednn", chosen.get(f"{d_out}x{d_in} back") == "onednn"
-        put(layer, partial(_linear_forward if layer is base else _adapted_forward, pixel=pixel))
-    for layer in net.modules():
-        if type(layer) is nn.Conv2d and is_plain(layer): put(layer, _conv_forward)
-    return patched
+        yield layer, partial(_linear_forward if layer is base else _adapted_forward, pixel=pixel)
+    for layer in _walk(net):
+        if type(layer) is nn.Conv2d and is_plain(layer): yield layer, partial(_conv_forward)
 
+# %% ../nbs/06b_fast.ipynb #0e786ab6
 @contextmanager
 def fast(
     *nets:nn.Module,  # UNet, transformer or decoder, with or without an adapter; layers that somebody has changed are left alone
@@ -169,10 +200,14 @@ def fast(
 ):
     "Inside, the same function computed faster and with less kept, within float error; outside, the networks are as they were."
     if chosen is None: chosen = products(*nets)
-    kernels = [(x, x.stride()) for net in nets for x in (*net.parameters(), *net.buffers()) if x.ndim == 4]
-    for x, _ in kernels: x.data = x.data.to(memory_format=torch.channels_last)
-    patched = [layer for net in nets for layer in _patch(net, chosen)]
-    try: yield chosen
-    finally:
-        for layer in patched: layer.__dict__.pop("forward", None)
-        for x, stride in kernels: x.data = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x.data)
+    tensors = [x for m in _walk(*nets) for x in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    with ExitStack() as undo:
+        for x in tensors:
+            if x.ndim != 4: continue
+            undo.callback(_put_back, x, x.stride())
+            x.data = x.data.to(memory_format=torch.channels_last)
+        for net in nets:
+            for layer, forward in _forwards(net, chosen):
+                undo.callback(_take_off, layer)
+                layer.forward = MethodType(forward, layer)
+        yield chosen

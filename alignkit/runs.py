@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'environment', 'write_atomic', 'plain', 'History', 'RunFolder', 'check_config', 'checkpoints',
-           'save_checkpoint', 'replace_folder', 'image_grid', 'watch', 'Run', 'plot_run', 'read_run', 'recorded',
-           'evaluations']
+           'save_checkpoint', 'replace_folder', 'image_grid', 'watch', 'Run', 'read_run', 'recorded', 'evaluations',
+           'plot_run']
 
 # %% ../nbs/06_runs.ipynb #83975b7e
 from dataclasses import dataclass, field
@@ -28,24 +28,32 @@ def _installed(name):
 
 def _git(*args):
     "What git says of the package's folder; None where there is no git, or no repository."
-    try: done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, cwd=Path(alignkit.__file__).parent)
+    where = Path(alignkit.__file__).parent
+    try: done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, cwd=where)
     except (OSError, subprocess.SubprocessError): return None
     return done.stdout.strip() or None
 
 def _cpu():
-    try: return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError: lines = []
+    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+def _hardware():
+    return dict(
+        cpu=_cpu(), cpu_count=os.cpu_count(), cpu_capability=torch.backends.cpu.get_cpu_capability(), torch_threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 def environment() -> dict:  # versions, hardware, commit, time
     "What a reader needs to judge or repeat a number."
-    commit = _git("rev-parse", "HEAD") if _git("ls-files", "__init__.py") else None  # an installed package may lie in somebody else's repository
     libraries = ("alignkit", "torch", "diffusers", "transformers", "peft", "accelerate")
+    ours = _git("ls-files", "__init__.py")  # an installed package may lie in somebody else's repository
+    commit = _git("rev-parse", "HEAD") if ours else None
     return dict(
         time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         versions={"python": platform.python_version(), **{name: _installed(name) for name in libraries}},
-        hardware=dict(cpu=_cpu(), cpu_count=os.cpu_count(), cpu_capability=torch.backends.cpu.get_cpu_capability(), torch_threads=torch.get_num_threads(),
-                      gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None),
-        commit=commit, uncommitted_changes=bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None)
+        hardware=_hardware(), commit=commit,
+        uncommitted_changes=bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None)
 
 # %% ../nbs/06_runs.ipynb #3de2d48f
 def write_atomic(
@@ -55,7 +63,7 @@ def write_atomic(
     "Write beside, then rename: a reader sees the old file or the new one, never half of one."
     path = Path(path)
     beside = path.with_name(path.name + ".part")
-    with open(beside, "w") as f:
+    with open(beside, "w", newline="") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -77,28 +85,37 @@ def _number(text):
     return text
 
 def _table(rows, columns):
+    "Rows as the text of a CSV file; what a row does not have is an empty cell."
     out = io.StringIO()
     writer = csv.DictWriter(out, columns)
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
 
+def _append_line(file, row, columns):
+    with open(file, "a", newline="") as f:
+        csv.DictWriter(f, columns).writerow(row)
+        f.flush()
+        os.fsync(f.fileno())
+
+# %% ../nbs/06_runs.ipynb #2cc4e2fe
 @dataclass
 class History:
     "history.csv: one row an epoch, on the disk before the next epoch begins."
     file:Path
 
+    @property
+    def torn(self) -> bool: return self.file.exists() and not self.file.read_text().endswith("\n")
+
     def append(self,
         row:dict,  # one epoch
     ):
         "Add a row and push it to the disk."
-        rows = self.read() if self.file.exists() else []
+        rows = self.read()
         columns = list(dict.fromkeys([*(rows[0] if rows else row), *row]))
-        if not rows or columns != list(rows[0]): write_atomic(self.file, _table(rows, columns))  # new columns: what is there gets empty cells
-        with open(self.file, "a", newline="") as f:
-            csv.DictWriter(f, columns).writerow(row)
-            f.flush()
-            os.fsync(f.fileno())
+        if not rows or self.torn or columns != list(rows[0]):  # new columns: the rows that are there get empty cells
+            write_atomic(self.file, _table(rows, columns))
+        _append_line(self.file, row, columns)
 
     def read(self,
         before:int|None=None,  # only epochs before this one, and drop the others from the file
@@ -115,8 +132,6 @@ class History:
         return rows
 
 # %% ../nbs/06_runs.ipynb #63024c06
-FREE = ("num_epochs", "save_every", "keep_checkpoints", "progress", "memory_budget_gb", "reward_memory_gb")  # settings that change no number of an epoch
-
 class RunFolder:
     "The files of one run: config.json, history.csv, eval_base.json, samples/, checkpoints/, lora/."
     def __init__(self,
@@ -126,12 +141,16 @@ class RunFolder:
         self.config_file, self.base_file = self.path / "config.json", self.path / "eval_base.json"
         self.history = History(self.path / "history.csv")
 
+    def refuse_if_taken(self):
+        "A run is never started over another."
+        if self.config_file.exists():
+            raise FileExistsError(f"out: {self.path} already holds a run; give resume=True to go on with it, or another folder")
+
     def create(self,
         config:dict,  # everything that fixes the numbers of the run
     ):
         "Start a folder; refuses one that already holds a run, and a place that cannot be written."
-        if self.config_file.exists():
-            raise FileExistsError(f"out: {self.path} already holds a run; give resume=True to go on with it, or another folder")
+        self.refuse_if_taken()
         try:
             (self.path / "samples").mkdir(parents=True, exist_ok=True)
             (self.path / "checkpoints").mkdir(exist_ok=True)
@@ -150,14 +169,17 @@ class RunFolder:
         if saved["config"] != plain(config): write_atomic(self.config_file, json.dumps(dict(saved, config=plain(config)), indent=2))
 
 # %% ../nbs/06_runs.ipynb #555fae90
+FREE = ("num_epochs", "save_every", "keep_checkpoints", "progress", "memory_budget_gb", "reward_memory_gb")  # settings that change no number of an epoch
+
 def check_config(
     folder:RunFolder,  # of the run
     config:dict,  # of the run that wants to go on
     free:tuple=FREE,  # fields that may differ
     defaults:dict={},  # what a field stands for in a record that is older than the field
+    saved:dict|None=None,  # the record of the run; None: as it lies in the folder
 ):
     "Refuse to go on with a run of another config, naming every difference."
-    saved, now = {**plain(defaults), **folder.config()}, plain(config)
+    saved, now = {**plain(defaults), **(folder.config() if saved is None else saved)}, plain(config)
     differ = [k for k in sorted({*saved, *now}) if saved.get(k) != now.get(k) and k not in free]
     if not differ: return
     told = "; ".join(f"{k} was {saved.get(k)!r}, now {now.get(k)!r}" for k in differ)
@@ -179,7 +201,7 @@ def _filled_beside(final, write):
     beside.mkdir(parents=True)
     write(beside)
     for f in beside.iterdir():
-        with open(f, "rb") as opened: os.fsync(opened.fileno())
+        with open(f, "r+b") as opened: os.fsync(opened.fileno())
     return beside
 
 def save_checkpoint(
@@ -194,6 +216,7 @@ def save_checkpoint(
     os.replace(_filled_beside(final, write), final)
     for old in checkpoints(run)[:-keep]: shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/06_runs.ipynb #3b90e3fd
 def replace_folder(
     final:Path,  # such as the 'lora_best' of a run
     write,  # function of a folder that fills it
@@ -224,10 +247,12 @@ def _judge_column(base, judge):
     if "eval_reward_mean" not in base: raise ValueError("early stopping: nothing was evaluated in this run; train with eval_every above 0")
     column, sign = ("eval_kl", -1) if judge == "kl" else (f"eval_{judge}_mean", 1)
     if judge and column not in base:
-        known = [k[5:-5] for k in base if k.startswith("eval_") and k.endswith("_mean") and k != "eval_reward_mean"] + ["kl"] * ("eval_kl" in base)
+        means = [k[5:-5] for k in base if k.startswith("eval_") and k.endswith("_mean") and k != "eval_reward_mean"]
+        known = means + ["kl"] * ("eval_kl" in base)
         raise ValueError(f"early stopping: {judge!r} was not evaluated in this run; choose from {', '.join(known)}")
     return column, sign
 
+# %% ../nbs/06_runs.ipynb #12f3c6aa
 def watch(
     base:dict,  # eval_* of the untrained model: `run.eval_base`
     rows:list[dict],  # of the history; those without an evaluation are passed over
@@ -284,29 +309,7 @@ class Run:
         x:str="wall_s",  # or 'queries', 'epoch'
         ax=None,  # matplotlib axes; None: a new figure
         label:str|None=None,  # None: the method
-    ):  # the axes
-        "See `plot_run`."
-        return plot_run(self, x, ax, label)
-
-# %% ../nbs/06_runs.ipynb #f6ee6920
-def plot_run(
-    run:Run,
-    x:str="wall_s",  # or 'queries', 'epoch'
-    ax=None,  # matplotlib axes; None: a new figure
-    label:str|None=None,  # None: the method
-):  # the axes
-    "Mean reward of each epoch's samples, and the held-out evaluations, where there are any, with their standard errors."
-    import matplotlib.pyplot as plt
-    labels = {"wall_s": "training time (s)", "queries": "reward queries", "epoch": "epoch"}
-    if x not in labels: raise ValueError(f"x: one of {', '.join(labels)}, got {x!r}")
-    ax, h, label = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1], run.history, label or run.config["method"]
-    line, = ax.plot(h[x], h.reward_mean, alpha=0.5, lw=1, label=f"{label}: training samples")
-    if "eval_reward_mean" in h and h.eval_reward_mean.notna().any():
-        e = evaluations(run)
-        ax.errorbar(e[x], e.eval_reward_mean, e.eval_reward_sem, fmt="o-", ms=3, capsize=2, color=line.get_color(), label=f"{label}: held-out prompts")
-    ax.set(xlabel=labels[x], ylabel=with_unit(run.config["reward"]))
-    ax.legend(frameon=False, fontsize=8)
-    return ax
+    ): return plot_run(self, x, ax, label)  # the axes
 
 # %% ../nbs/06_runs.ipynb #0cc420ee
 def read_run(
@@ -316,9 +319,8 @@ def read_run(
     files = RunFolder(folder)
     if not files.config_file.is_file(): raise FileNotFoundError(f"{folder}: no run there (it has no config.json)")
     base = json.loads(files.base_file.read_text()) if files.base_file.is_file() else {}
-    rows, file = files.history.read(), files.history.file
-    if file.is_file() and (text := file.read_text()) and not text.endswith("\n"):
-        warnings.warn(f"{folder}: the last line of history.csv is torn and left out; {len(rows)} epochs are read")
+    rows = files.history.read()
+    if files.history.torn: warnings.warn(f"{folder}: the last line of history.csv is torn and left out; {len(rows)} epochs are read")
     return Run(None, files.config(), files, rows, base)
 
 def recorded(
@@ -339,4 +341,27 @@ def evaluations(
         where = run.folder.path if run.folder else run.config.get("method")
         raise ValueError(f"run: nothing was evaluated in {where}; train with eval_every above 0")
     base = pd.DataFrame([dict(epoch=-1, wall_s=0., queries=0, **run.eval_base)])
-    return pd.concat([base, h[h.eval_reward_mean.notna()].reindex(columns=base.columns)], ignore_index=True)
+    columns = dict.fromkeys([*base, *(c for c in h if c.startswith("eval_"))])
+    return pd.concat([base, h[h.eval_reward_mean.notna()]], ignore_index=True).reindex(columns=list(columns))
+
+# %% ../nbs/06_runs.ipynb #f6ee6920
+def plot_run(
+    run:Run,
+    x:str="wall_s",  # or 'queries', 'epoch'
+    ax=None,  # matplotlib axes; None: a new figure
+    label:str|None=None,  # None: the method
+):  # the axes
+    "Mean reward of each epoch's samples, and the held-out evaluations, where there are any, with their standard errors."
+    import matplotlib.pyplot as plt
+    labels = {"wall_s": "training time (s)", "queries": "reward queries", "epoch": "epoch"}
+    if x not in labels: raise ValueError(f"x: one of {', '.join(labels)}, got {x!r}")
+    ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
+    h, label = run.history, label or run.config["method"]
+    line, = ax.plot(h[x], h.reward_mean, alpha=0.5, lw=1, label=f"{label}: training samples")
+    if "eval_reward_mean" in h and h.eval_reward_mean.notna().any():
+        e = evaluations(run)
+        style = dict(fmt="o-", ms=3, capsize=2, color=line.get_color())
+        ax.errorbar(e[x], e.eval_reward_mean, e.eval_reward_sem, **style, label=f"{label}: held-out prompts")
+    ax.set(xlabel=labels[x], ylabel=with_unit(run.config["reward"]))
+    ax.legend(frameon=False, fontsize=8)
+    return ax
