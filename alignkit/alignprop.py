@@ -34,7 +34,8 @@ def kept_steps(
     S, step = num_inference_steps, torch.arange(num_inference_steps)
     if S < 1: raise ValueError(f"num_inference_steps: at least 1, got {S}")
     if strategy not in STRATEGIES: raise ValueError(f"strategy: one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if strategy == "last" and not 1 <= truncation_k <= S: raise ValueError(f"truncation_k: 1 to num_inference_steps={S}, got {truncation_k}")
+    if strategy == "last" and not 1 <= truncation_k <= S:
+        raise ValueError(f"truncation_k: 1 to num_inference_steps={S}, got {truncation_k}")
     def draw(low, high, n=1): return torch.randint(low, high, (n,), generator=generator)
     if strategy == "full": return torch.ones(S, dtype=torch.bool)
     if strategy == "draft_lv": return step == S - 1
@@ -52,7 +53,7 @@ def keeping(
     kept:Tensor,  # bool (S,) from `kept_steps`
     stored:int|None=None,  # so many of the last kept steps store their activations; the others are computed again on the way back. None: all store
 ):  # the same policy, step(i, x)
-    "A policy whose network carries a gradient at the kept steps only; elsewhere its answer is a constant, and the sampler's own a_t x_t still passes the gradient on."
+    "A policy whose network carries a gradient at the kept steps only; elsewhere its answer is a constant, and the sampler's a_t x_t passes on."
     left = kept.flip(0).cumsum(0).flip(0)  # kept steps from here on
     def chosen(i, x):
         if not kept[i]: return step(i, x, constant=True)
@@ -121,7 +122,7 @@ def decode_sliced(
 # %% ../nbs/10_alignprop.ipynb #8605401a
 @dataclass
 class AlignPropConfig(TrainConfig):
-    "Every setting of a run, beside those that all methods share. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
+    "Settings beside those that all methods share. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
     method:str = "alignprop"
     samples_per_epoch:int = 32  # pictures, over all processes: the reward queries of an epoch
     updates_per_epoch:int = 2  # optimiser steps; each draws its own samples_per_epoch / updates_per_epoch pictures
@@ -159,8 +160,8 @@ class AlignPropConfig(TrainConfig):
 
 # %% ../nbs/10_alignprop.ipynb #89431d98
 _PAPER = dict(
-    trainable="lora", lora_rank=4, mixed_precision="fp16", samples_per_epoch=256, updates_per_epoch=2, num_inference_steps=50, guidance_scale=7.5, eta=0.,
-    learning_rate=1e-3, adam_weight_decay=0.1, max_grad_norm=5., loss_coeff=0.01, strategy="uniform", checkpointing="step")
+    trainable="lora", lora_rank=4, mixed_precision="fp16", samples_per_epoch=256, updates_per_epoch=2, num_inference_steps=50,
+    guidance_scale=7.5, eta=0., learning_rate=1e-3, adam_weight_decay=0.1, max_grad_norm=5., loss_coeff=0.01, strategy="uniform", checkpointing="step")
 PRESETS = {
     # SD 1.5. mihirp1998/AlignProp, commit 7f4503f (config/align_prop.py): batch 128, 256 pictures an epoch, 7 epochs, 0.01 |r - 10|.
     # The paper draws one K an update; that code redraws at every step: strategy="per_step"
@@ -172,12 +173,12 @@ PRESETS = {
     "hps-k1": dict(_PAPER, num_epochs=200, strategy="last", truncation_k=1),
     # its later code, commit b22918a: TRL's pipeline, one cut N(42, 5) a batch, weight decay 1e-4, gradient norm 1, batch 128
     "alignprop-head": dict(
-        _PAPER, num_epochs=20, samples_per_epoch=128, updates_per_epoch=1, guidance_scale=5., eta=1., adam_weight_decay=1e-4, max_grad_norm=1.,
-        strategy="gaussian", reward_target=10.),
+        _PAPER, num_epochs=20, samples_per_epoch=128, updates_per_epoch=1, guidance_scale=5., eta=1., adam_weight_decay=1e-4,
+        max_grad_norm=1., strategy="gaussian", reward_target=10.),
     # trl 0.23.1, trl/trainer/alignprop_config.py: one picture an update, loss 10 - mean r
     "trl": dict(
-        trainable="lora", lora_rank=4, mixed_precision="fp16", num_epochs=100, samples_per_epoch=1, updates_per_epoch=1, num_inference_steps=50,
-        guidance_scale=5., eta=1., learning_rate=1e-3, adam_weight_decay=1e-4, max_grad_norm=1., strategy="per_step", checkpointing="step"),
+        trainable="lora", lora_rank=4, mixed_precision="fp16", num_epochs=100, samples_per_epoch=1, updates_per_epoch=1,
+        num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-3, adam_weight_decay=1e-4, max_grad_norm=1., strategy="per_step", checkpointing="step"),
 }
 
 def preset(
@@ -310,16 +311,18 @@ def train(
             going_back = clock.pop("all_s") - clock["sample_s"] - clock["reward_s"]
             everyone = job.accelerator.reduce(rewards).cpu()
             scored, counts = everyone[~everyone.isnan()], dict(kept_steps=sum(kept_count) / len(kept_count), skipped=skipped.count)
-            if record(job, epoch, scored, torch.cat(shown), **means(job, updates), **counts, **clock, reward_work_s=clock["reward_s"], train_s=going_back): break
+            seconds = dict(clock, reward_work_s=clock["reward_s"], train_s=going_back)
+            if record(job, epoch, scored, torch.cat(shown), **means(job, updates), **counts, **seconds): break
         return finish(job)
 
-# %% ../nbs/10_alignprop.ipynb #a3e2cb5e
+# %% ../nbs/10_alignprop.ipynb #e1f33093
 def most_kept(
     cfg,  # AlignPropConfig
 ) -> int:
     "The most steps that can carry a graph at once: a plan is for the worst update."
     return {"last": cfg.truncation_k, "draft_lv": 1, "refl": 1}.get(cfg.strategy, cfg.num_inference_steps)
 
+# %% ../nbs/10_alignprop.ipynb #f1dd7777
 @dataclass(frozen=True)
 class _Chain:
     "The kept steps of an update, in bytes: K of them, the last `stored` with their activations, the others with their latents."
@@ -333,7 +336,8 @@ class _Chain:
 
 def _chain(cfg, bytes_of, B, rows, accumulates):
     K = most_kept(cfg)
-    stored = K if cfg.stored is None or cfg.strategy == "draft_lv" else min(cfg.stored_steps, K)  # the last ones: used and gone before the others are recomputed
+    all_stored = cfg.stored is None or cfg.strategy == "draft_lv"
+    stored = K if all_stored else min(cfg.stored_steps, K)  # the last ones: used and gone before the others are recomputed
     def call(through): return bytes_of.step(rows, grad=True, through=through, guidance_grad=cfg.guidance_grad)
     return _Chain(K, stored, call(stored < K), call(True) if K > 1 else None, B * bytes_of.latent)
 
@@ -345,14 +349,17 @@ def _forward_phases(cfg, bytes_of, chain, B, rows, data, there):
         phases["sample"] = {DATA: data, "gradients": there, "checkpoints": max(K - stored - 1, 0) * chain.checkpoint, "workspace": work}
     if stored:
         last = chain.first if stored == 1 else chain.more
-        phases["kept steps"] = {DATA: data, "checkpoints": (K - stored) * chain.checkpoint, "network activations": chain.stack(stored), "gradients": there,
+        waiting = (K - stored) * chain.checkpoint
+        phases["kept steps"] = {DATA: data, "checkpoints": waiting, "network activations": chain.stack(stored), "gradients": there,
                                 "workspace": last["forward"] - last["held"]}
     return phases
 
+# %% ../nbs/10_alignprop.ipynb #c7ec2146
 def _decoder_phases(cfg, bytes_of, chain, rows, done, there):
     "Pictures, and the gradient back to the latents, while the chain waits."
     pictures = rows * bytes_of.picture
-    waits = {DATA: done, "checkpoints": (chain.K - chain.stored) * chain.checkpoint, "network activations": chain.stack(chain.stored), "gradients": there}
+    waiting, stack = (chain.K - chain.stored) * chain.checkpoint, chain.stack(chain.stored)
+    waits = {DATA: done, "checkpoints": waiting, "network activations": stack, "gradients": there}
     if cfg.vae_slicing:
         n = min(cfg.vae_slicing, rows)
         one, seen = bytes_of.decode(n, grad=True), bytes_of.decode(n)
@@ -365,6 +372,7 @@ def _decoder_phases(cfg, bytes_of, chain, rows, done, there):
     return {"decode": {**waits, "VAE activations": kept, "workspace": forward - held},
             "decode backward": {**waits, "VAE activations": inside, "workspace": backward - pictures - inside}}
 
+# %% ../nbs/10_alignprop.ipynb #901b64e0
 def _backward_phases(cfg, bytes_of, chain, rows, done, accumulates):
     "Back through the stored steps, then through those that are computed again."
     K, stored, G, there = chain.K, chain.stored, bytes_of.gradients, bytes_of.gradients if accumulates else 0
@@ -373,7 +381,8 @@ def _backward_phases(cfg, bytes_of, chain, rows, done, accumulates):
     def back(call, others, checkpoints, made):  # made: this call makes the gradients, or the sums in which autograd gathers them over several steps
         held, new, work = bytes_of.backward(call, made)
         gathered = there + (0 if made or single else G)
-        return {DATA: done, "checkpoints": checkpoints * chain.checkpoint, "network activations": others + held, "gradients": gathered + new, "workspace": work}
+        there_are = {DATA: done, "checkpoints": checkpoints * chain.checkpoint, "gradients": gathered + new}
+        return {**there_are, "network activations": others + held, "workspace": work}
     def most(*options): return max(options, key=lambda parts: sum(parts.values()))
     phases, todo = {}, K - stored
     if stored and single: phases["steps backward"] = back(call(stored < K, True), 0, todo, False)
@@ -384,6 +393,7 @@ def _backward_phases(cfg, bytes_of, chain, rows, done, accumulates):
     elif todo: phases["recomputed steps"] = most(back(call(True, False), 0, todo - 1, True), back(call(todo > 2, True), 0, todo - 2, False))
     return phases
 
+# %% ../nbs/10_alignprop.ipynb #f267abb0
 def _phases(cfg, bytes_of):
     "What is alive when: forward through the chain, the decoder there and back, back through the chain, the optimiser's step."
     an_update = cfg.samples_per_epoch // cfg.updates_per_epoch
@@ -392,7 +402,7 @@ def _phases(cfg, bytes_of):
     there, G = bytes_of.gradients if accumulates else 0, bytes_of.gradients
     chain = _chain(cfg, bytes_of, B, rows, accumulates)
     draws = cfg.num_inference_steps + 1 + (cfg.renoise + 1 if cfg.strategy == "draft_lv" else 0)
-    earlier, shown = min(max(N - B, 0), SHOWN) * bytes_of.picture, min(N, SHOWN) * bytes_of.picture  # an epoch's first pictures are kept until they are recorded
+    earlier, shown = (min(n, SHOWN) * bytes_of.picture for n in (max(N - B, 0), N))  # an epoch's first pictures are kept until they are recorded
     data = B * bytes_of.latent * draws + earlier
     done = data + rows * bytes_of.picture
     bytes_of.note("network activations of one kept step", (chain.more or chain.first)["held"])
@@ -408,7 +418,7 @@ def _phases(cfg, bytes_of):
 def update_cost(
     cfg:AlignPropConfig,
 ) -> float:  # relative
-    "Time of an update, in rows of the network: a call costs its rows and some more; a backward two forwards, or one where weights are frozen; a recomputed step one."
+    "Time of an update in forwards: a backward costs two, or one where weights are frozen; a step that is computed again one more."
     guided_rows = 2 if cfg.guidance_scale != 1 else 1
     call = 1 + 7 / (guided_rows * cfg.micro_batch_size)  # being a call costs as much as 7 rows of 16 x 16 latents: the embedded UNet on one CPU thread
     S, K = cfg.num_inference_steps, most_kept(cfg)
@@ -417,9 +427,10 @@ def update_cost(
     return call * (S + (1 if cfg.trainable == "lora" else 2) * K + recomputed) * decoder
 
 def _knobs(cfg):
-    "Settings of speed and memory, from the fastest to the leanest: pictures in a graph, slices of the decoder, and which kept steps store their activations."
+    "Settings of speed and memory, from the fastest to the leanest: pictures in a graph, slices of the decoder, stored steps."
     ways = [dict(checkpointing="none", stored_steps=0)]
-    if cfg.strategy != "draft_lv": ways += [dict(checkpointing="step", stored_steps=n) for n in reversed(range(most_kept(cfg)))]  # its own step comes after the walk
+    if cfg.strategy != "draft_lv":  # its own step comes after the walk
+        ways += [dict(checkpointing="step", stored_steps=n) for n in reversed(range(most_kept(cfg)))]
     sizes = [(m, v) for m in halves(cfg.samples_per_epoch // cfg.updates_per_epoch) for v in (0, 4, 1) if v < m or v == 0]
     options = [dict(micro_batch_size=m, vae_slicing=v, **way) for m, v in sizes for way in ways]
     ordered = sorted(options, key=lambda o: update_cost(replace(cfg, **o)))
