@@ -49,12 +49,32 @@ def step_kl(
     "KL between two Gaussians of one standard deviation: squared distance of the means over twice the variance."
     return ((mean - mean_base) ** 2 / (2 * std**2)).flatten(1).sum(1)
 
-def _check(model, base, how):
+# %% ../nbs/06a_judges.ipynb #5e3c80a1
+def _refuse(model, base, how):
+    "What has no distance."
     if base is None and not getattr(model.net, "peft_config", None):
         raise ValueError("drift: this pipeline has no adapter that could be switched off; give the model to measure from as base=")
     if how.eta == 0:
         raise ValueError("drift: eta must be above 0; without noise a step has no density (measure such a policy with eta=1)")
 
+def _without_adapter(net, step):
+    "The policy of the base model."
+    def base_step(i, x):
+        with adapter_off(net): return step(i, x)
+    return base_step
+
+def _divergences(model, step, base_step, noise):
+    "KL of each step, (B,), along what the policy draws."
+    for i, x, mean, std, _ in walk(step, noise):
+        mean_base, std_base = base_step(i, x)
+        t = int(model.scheduler.timesteps[i])
+        if not (std > 0).all():
+            raise ValueError(f"drift: std_dev_t is 0 at timestep {t}, where a step has no density "
+                             "(set_alpha_to_one=True does this to the last one)")
+        if not std_base.equal(std): raise ValueError(f"drift: the models differ in the noise of step {t}; both must have one schedule")
+        yield step_kl(mean, std, mean_base)
+
+# %% ../nbs/06a_judges.ipynb #70d5e1fa
 @torch.inference_mode()
 def drift(
     model,  # a Model, or what `pipelines.open_model` takes; its adapter is switched off for the base model
@@ -65,18 +85,10 @@ def drift(
 ) -> Tensor:  # (B, S) nats, float32: KL(policy step || base step) along trajectories that the policy draws
     "Exact divergence of each sampling step from the base model's."
     how = replace(how or Drawing(purpose="eval"), **changes)
-    model = open_model(model, how.height, how.width)
-    base = None if base is None else open_model(base, how.height, how.width)
-    _check(model, base, how)
-    def divergences(step, base_step, noise):
-        for i, x, mean, std, _ in walk(step, noise):
-            if std.device.type == "cpu" and not (std > 0).all():
-                t = int(model.scheduler.timesteps[i])
-                raise ValueError(f"drift: std_dev_t is 0 at timestep {t}, where a step has no density (set_alpha_to_one=True does this to the last one)")
-            if base is None:
-                with adapter_off(model.net): mean_base = step(i, x)[0]
-            else: mean_base = base_step(i, x)[0]
-            yield step_kl(mean, std, mean_base)
-    steps = batches(model, prompts, how)
-    theirs = batches(base, prompts, how) if base is not None else ((None, None) for _ in prompts)
-    return torch.cat([torch.stack(list(divergences(step, base_step, noise)), 1) for (step, noise), (base_step, _) in zip(steps, theirs)])
+    model, base = (None if m is None else open_model(m, how.height, how.width) for m in (model, base))
+    _refuse(model, base, how)
+    found, theirs = [], batches(base, prompts, how) if base is not None else None
+    for step, noise in batches(model, prompts, how):
+        base_step = _without_adapter(model.net, step) if base is None else next(theirs)[0]
+        found.append(torch.stack(list(_divergences(model, step, base_step, noise)), 1))
+    return torch.cat(found)
