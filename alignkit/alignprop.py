@@ -53,7 +53,7 @@ def keeping(
     kept:Tensor,  # bool (S,) from `kept_steps`
     stored:int|None=None,  # so many of the last kept steps store their activations; the others are computed again on the way back. None: all store
 ):  # the same policy, step(i, x)
-    "A policy whose network carries a gradient at the kept steps only; elsewhere its answer is a constant, and the sampler's a_t x_t passes on."
+    "A policy whose network has a gradient at the kept steps only; elsewhere its answer is a constant, and a_t x_t passes on."
     left = kept.flip(0).cumsum(0).flip(0)  # kept steps from here on
     def chosen(i, x):
         if not kept[i]: return step(i, x, constant=True)
@@ -161,7 +161,8 @@ class AlignPropConfig(TrainConfig):
 # %% ../nbs/10_alignprop.ipynb #89431d98
 _PAPER = dict(
     trainable="lora", lora_rank=4, mixed_precision="fp16", samples_per_epoch=256, updates_per_epoch=2, num_inference_steps=50,
-    guidance_scale=7.5, eta=0., learning_rate=1e-3, adam_weight_decay=0.1, max_grad_norm=5., loss_coeff=0.01, strategy="uniform", checkpointing="step")
+    guidance_scale=7.5, eta=0., learning_rate=1e-3, adam_weight_decay=0.1, max_grad_norm=5., loss_coeff=0.01,
+    strategy="uniform", checkpointing="step")
 PRESETS = {
     # SD 1.5. mihirp1998/AlignProp, commit 7f4503f (config/align_prop.py): batch 128, 256 pictures an epoch, 7 epochs, 0.01 |r - 10|.
     # The paper draws one K an update; that code redraws at every step: strategy="per_step"
@@ -178,7 +179,8 @@ PRESETS = {
     # trl 0.23.1, trl/trainer/alignprop_config.py: one picture an update, loss 10 - mean r
     "trl": dict(
         trainable="lora", lora_rank=4, mixed_precision="fp16", num_epochs=100, samples_per_epoch=1, updates_per_epoch=1,
-        num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-3, adam_weight_decay=1e-4, max_grad_norm=1., strategy="per_step", checkpointing="step"),
+        num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-3, adam_weight_decay=1e-4,
+        max_grad_norm=1., strategy="per_step", checkpointing="step"),
 }
 
 def preset(
@@ -345,7 +347,7 @@ def _forward_phases(cfg, bytes_of, chain, B, rows, data, there):
     "Walk to the end, the kept steps with their graph."
     phases, K, stored = {}, chain.K, chain.stored
     if K < cfg.num_inference_steps or stored < K or rows > B:
-        work = bytes_of.step(B)["forward"]
+        work = bytes_of.step(B, guidance_grad=cfg.guidance_grad)["forward"]
         phases["sample"] = {DATA: data, "gradients": there, "checkpoints": max(K - stored - 1, 0) * chain.checkpoint, "workspace": work}
     if stored:
         last = chain.first if stored == 1 else chain.more
