@@ -34,7 +34,7 @@ def forget_accelerator():
 def unwrap_forward(
     net:nn.Module,
 ):
-    "Take back the autocast that `Accelerator.prepare` puts around a forward; accelerate's own way back would also take off diffusers' decorators."
+    "Take back the autocast that `Accelerator.prepare` puts around a forward; accelerate's own way also takes diffusers' decorators off."
     original = net.__dict__.pop("_original_forward", None)
     if original is None: return
     net.forward = original

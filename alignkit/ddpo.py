@@ -253,8 +253,8 @@ def recomputed(
     "Old log-probs from the training path, where a batch of another shape rounds otherwise by more than clip_range allows for."
     old = walks.log_probs.clone()
     others = job.cfg.timestep_fraction < 1  # then each pass over the epoch has other steps; else the first one has them all
-    for update in batches[:None if others else job.cfg.updates_per_epoch]:
-        for row, at in update: old[row, at] = log_prob_of(row, at)
+    for micro_batches in batches[:None if others else job.cfg.updates_per_epoch]:
+        for row, at in micro_batches: old[row, at] = log_prob_of(row, at)
     return old
 
 # %% ../nbs/08_ddpo.ipynb #56243a13
