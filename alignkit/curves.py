@@ -27,7 +27,8 @@ from .training import TrainConfig, drawing
 # %% ../nbs/12_curves.ipynb #e95a2207
 JUDGES = ("clip_named", "clip_diversity", "clip_diversity_all")  # only looked at
 SETTINGS = dict(
-    num_epochs=40, updates_per_epoch=8, eval_every=4, eval_samples=96, eval_guidance_scale=3., eval_rewards=JUDGES, save_every=4, keep_checkpoints=1000)
+    num_epochs=40, updates_per_epoch=8, eval_every=4, eval_samples=96, eval_guidance_scale=3., eval_rewards=JUDGES,
+    save_every=4, keep_checkpoints=1000)
 BACKPROP = dict(num_epochs=40, samples_per_epoch=32, updates_per_epoch=2)
 RWR = dict(samples_per_epoch=256, learning_rate=3e-4, updates_per_epoch=8, eval_every=1, save_every=1)  # few large rounds, as in the paper
 METHODS = {  # name -> module, config, and what differs from SETTINGS and TASKS
@@ -47,11 +48,12 @@ TASKS = {  # reward -> the prompts it is trained on, and what differs from SETTI
     "jpeg_compressibility": dict(prompts="simple_animals"),
     "tiny_aesthetic": dict(prompts="simple_animals", num_epochs=60, eval_rewards=(*JUDGES, "gold")),
     "tiny_alignment": dict(
-        prompts="new_scenes", num_epochs=20, samples_per_epoch=256, updates_per_epoch=4, stats_buffer_size=32, eval_prompts="heldout_new_scenes",
-        eval_samples=300, eval_guidance_scale=1.),
+        prompts="new_scenes", num_epochs=20, samples_per_epoch=256, updates_per_epoch=4, stats_buffer_size=32,
+        eval_prompts="heldout_new_scenes", eval_samples=300, eval_guidance_scale=1.),
     "jpeg_soft": dict(prompts="simple_animals", eval_rewards=(*JUDGES, "jpeg_compressibility")),
     "clip_similarity": dict(
-        prompts="new_scenes", eval_prompts="heldout_new_scenes", eval_samples=150, eval_guidance_scale=1., eval_rewards=(*JUDGES, "tiny_alignment")),
+        prompts="new_scenes", eval_prompts="heldout_new_scenes", eval_samples=150, eval_guidance_scale=1.,
+        eval_rewards=(*JUDGES, "tiny_alignment")),
 }
 
 # %% ../nbs/12_curves.ipynb #b0b48837
@@ -92,13 +94,16 @@ def judges_of(config):
     "Those of the run, and how different all pictures are."
     return tuple(dict.fromkeys((*config["eval_rewards"], *(["clip_diversity_all"] if config["eval_samples"] > 1 else []))))
 
+# %% ../nbs/12_curves.ipynb #b3d0e1a2
 def _evaluate_again(run, epochs, folders):
     "The base model and two epochs from their checkpoints, on noise that nothing was chosen by."
     c = run.config
-    reward, judges, how = get_reward(c["reward"]), tuple(map(get_reward, judges_of(c))), replace(drawing(c, "final"), batch_size=64)
+    reward, judges = get_reward(c["reward"]), tuple(map(get_reward, judges_of(c)))
+    how = replace(drawing(c, "final"), batch_size=64)
     texts = repeated(get_prompts(c["eval_prompts"]).texts, c["eval_samples"])
     model = open_model(run.pipe or c["pipe"], how.height, how.width)
-    if not getattr(model.net, "peft_config", None): add_lora(model.net, c["lora_rank"], c["lora_alpha"], tuple(c["lora_targets"]), c["seed"])
+    if not getattr(model.net, "peft_config", None):
+        add_lora(model.net, c["lora_rank"], c["lora_alpha"], tuple(c["lora_targets"]), c["seed"])
     rows = {}
     for name, epoch in epochs.items():
         if epoch >= 0: load_lora(model.net, folders[epoch])
@@ -119,7 +124,8 @@ def final_evaluation(
         complete = {f"eval_{name}_mean" for name in judges_of(run.config)} <= set(final)
         if final.epoch.astype(int).to_dict() == epochs and (complete or missing): return final  # an older run may lack a judge
     if missing:
-        raise FileNotFoundError(f"{missing[0]}: this checkpoint is needed for the final evaluation; train with save_every=eval_every and a large keep_checkpoints")
+        what = "this checkpoint is needed for the final evaluation; train with save_every=eval_every and a large keep_checkpoints"
+        raise FileNotFoundError(f"{missing[0]}: {what}")
     rows = _evaluate_again(run, epochs, folders)
     write_atomic(file, json.dumps(rows, indent=1))
     return pd.DataFrame(rows).T
@@ -128,20 +134,23 @@ def final_evaluation(
 def _row(run):
     "Base, kept and last epoch of one run."
     base, kept, last = (row for _, row in final_evaluation(run).iterrows())
-    change, sem = kept.eval_reward_mean - base.eval_reward_mean, (base.eval_reward_sem**2 + kept.eval_reward_sem**2) ** 0.5
+    change = kept.eval_reward_mean - base.eval_reward_mean
+    sem = (base.eval_reward_sem**2 + kept.eval_reward_sem**2) ** 0.5
     looked_at = {}
     for name in judges_of(run.config):
         for when, row in (("base", base), ("kept", kept), ("last", last)):
             looked_at[f"{name.removeprefix('clip_')}_{when}"] = row.get(f"eval_{name}_mean", float("nan"))
     return dict(
-        method=label(run.config), seed=run.config["seed"], base=base.eval_reward_mean, kept_epoch=int(kept.epoch), kept=kept.eval_reward_mean,
-        change_percent=100 * change / abs(base.eval_reward_mean), standard_errors=change / sem if sem else 0., last=last.eval_reward_mean, **looked_at,
+        method=label(run.config), seed=run.config["seed"],
+        base=base.eval_reward_mean, kept_epoch=int(kept.epoch), kept=kept.eval_reward_mean,
+        change_percent=100 * change / abs(base.eval_reward_mean), standard_errors=change / sem if sem else 0.,
+        last=last.eval_reward_mean, **looked_at,
         queries=int(run.history.queries.iloc[-1]), train_s=run.history.wall_s.iloc[-1])
 
 def summary(
     runs:list[Run],
 ) -> pd.DataFrame:  # one row a run
-    "Base, kept and last epoch of each run by `final_evaluation`: held-out reward, its change, and the rewards that were only looked at."
+    "Each run by `final_evaluation`: held-out reward, its change, and the rewards that were only looked at."
     return pd.DataFrame(list(map(_row, runs)))
 
 # %% ../nbs/12_curves.ipynb #6ce66c01
@@ -213,7 +222,11 @@ def published() -> pd.DataFrame:  # what, method, value, unit, model, hardware, 
     return pd.read_csv(data_dir() / "published.csv")
 
 # %% ../nbs/12_curves.ipynb #8ac3cd9b
-PANELS = {"eval_reward_mean": "learned score (points)", "eval_gold_mean": "gold, its truth (points)", "eval_clip_named_mean": "pictures named by CLIP"}
+PANELS = {
+    "eval_reward_mean": "learned score (points)",
+    "eval_gold_mean": "gold, its truth (points)",
+    "eval_clip_named_mean": "pictures named by CLIP",
+}
 
 def score_and_truth(
     runs:list[Run],  # of one reward, with these columns
@@ -261,7 +274,9 @@ def run_one(
     "Train one method on one reward in this process, or go on where an earlier call was cut off."
     changes = dict(seed=seed, progress=progress)
     prompts, cfg = task_config(reward, method, **changes)
-    if short: prompts, cfg = task_config(reward, method, **changes, **dict(SHORT, num_epochs=SHORT["num_epochs"] * 64 // cfg.samples_per_epoch))
+    if short:
+        few = dict(SHORT, num_epochs=SHORT["num_epochs"] * 64 // cfg.samples_per_epoch)
+        prompts, cfg = task_config(reward, method, **changes, **few)
     if num_epochs is not None: cfg.num_epochs = num_epochs
     run = METHODS[method][0].train("tiny", reward, prompts, cfg, out=Path(out) / reward / f"{method}_seed{seed}", resume=True)
     final_evaluation(run)
@@ -286,7 +301,8 @@ def reproduce(
     "Several runs side by side. Those that are finished are only read; a run that fails does not stop the others, and is named at the end."
     for reward, method, seed in tasks: task_config(reward, method, seed=seed)
     out = Path(out)
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool: failed = [f for f in pool.map(lambda t: _start(out, t, num_epochs, short), tasks) if f]
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        failed = [f for f in pool.map(lambda t: _start(out, t, num_epochs, short), tasks) if f]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(tasks)} runs failed; the same call goes on with what is in {out}:\n" + "\n".join(failed))
     return [read_run(out / reward / f"{method}_seed{seed}") for reward, method, seed in tasks]
@@ -307,27 +323,33 @@ def report(
 ):
     "curve.png, summary.csv, time_to.csv and, for each run, the pictures before and after."
     import matplotlib.pyplot as plt
-    out, groups = Path(out), [[r for r in runs if r.config["reward"] == reward] for reward in dict.fromkeys(r.config["reward"] for r in runs)]
+    out, rewards = Path(out), dict.fromkeys(r.config["reward"] for r in runs)
+    groups = [[r for r in runs if r.config["reward"] == reward] for reward in rewards]
     fig = compare_rewards(groups)
     fig.savefig(out / "curve.png", dpi=150)
     plt.close(fig)
-    for run in runs: sample_strip(run).save(out / f"samples_{run.config['reward']}_{label(run.config)}_seed{run.config['seed']}.png")
+    for run in runs:
+        name = f"{run.config['reward']}_{label(run.config)}_seed{run.config['seed']}"
+        sample_strip(run).save(out / f"samples_{name}.png")
     whole = pd.concat([summary(g).assign(reward=g[0].config["reward"]) for g in groups])
     whole.to_csv(out / "summary.csv", index=False)
     by = ["reward", "method", "seed"], ["unit", "held-out reward"]
     needed = pd.concat(list(map(_needed, groups))).pivot_table("needed", *by, dropna=False).dropna(how="all")
     needed.to_csv(out / "time_to.csv")
-    shown = ["reward", "method", "seed", "base", "kept_epoch", "kept", "standard_errors", "named_base", "named_kept", "last", "named_last", "train_s"]
+    shown = ["reward", "method", "seed", "base", "kept_epoch", "kept", "standard_errors"]
+    shown += ["named_base", "named_kept", "last", "named_last", "train_s"]
     print(whole[shown].round(2).to_string(index=False))
     for reward, table in needed.groupby(level="reward"):
         print(f"\nuntil the held-out {reward} first stands at (evaluations not counted; empty: never)")
         print(table.dropna(axis=1, how="all").round(0).to_string(na_rep="", index_names=False))
-    print(f"\ncurves: {out / 'curve.png'}; base, kept and last pictures: {out / 'samples_*.png'}; tables: {out / 'summary.csv'}, {out / 'time_to.csv'}")
+    print(f"\ncurves: {out / 'curve.png'}; base, kept and last pictures: {out / 'samples_*.png'}", end="")
+    print(f"; tables: {out / 'summary.csv'}, {out / 'time_to.csv'}")
 
 # %% ../nbs/12_curves.ipynb #e6bc0581
 def main():
-    parser = argparse.ArgumentParser(description="Every method on the embedded pipeline: held-out reward against time and queries. "
-                                     "Without --reward: all methods on the learned aesthetic, and those that need no gradient on compressibility.")
+    about = ("Every method on the embedded pipeline: held-out reward against time and queries. "
+             "Without --reward: all methods on the learned aesthetic, and those that need no gradient on compressibility.")
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--reward", choices=[*TASKS, *ALIASES])
     parser.add_argument("--method", "--methods", nargs="+", choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
