@@ -278,12 +278,14 @@ def add_lora(
 def adapter_off(
     net,  # with or without an adapter
 ):
-    "Inside, the network is the base model."
-    has = bool(getattr(net, "peft_config", None))
-    if has: net.disable_adapters()
+    "Inside, the network is the base model; an adapter that is off already stays off afterwards."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    layers = [m for m in net.modules() if isinstance(m, BaseTunerLayer)] if getattr(net, "peft_config", None) else []
+    on = any(not layer.disable_adapters for layer in layers)
+    if on: net.disable_adapters()
     try: yield net
     finally:
-        if has: net.enable_adapters()
+        if on: net.enable_adapters()
 
 # %% ../nbs/01_pipelines.ipynb #48a9946e
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
