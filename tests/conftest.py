@@ -1,7 +1,9 @@
 "What the end-to-end tests share: one thread, no hub, a pipeline with random weights, and a run that nothing interrupted."
 import os
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
-import json, math, multiprocessing
+THREADS = os.environ.get("ALIGNKIT_TEST_THREADS", "1")  # more of them round otherwise: to see what that turns red
+os.environ.update(OMP_NUM_THREADS=THREADS, MKL_NUM_THREADS=THREADS, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
+                  TOKENIZERS_PARALLELISM="false")
+import json, math, multiprocessing, socket, subprocess, sys
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -9,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = ("wall_s", "sample_s", "reward_s", "reward_work_s", "train_s", "peak_mem_bytes", "eval_s")  # the only columns in which two equal runs may differ
+# the only columns in which two equal runs may differ
+TIMINGS = ("wall_s", "sample_s", "reward_s", "reward_work_s", "train_s", "peak_mem_bytes", "eval_s")
 PROMPTS = ["a cat", "a dog"]  # few, so that the statistics of a prompt come into use
 
 
@@ -37,10 +40,11 @@ def brightness(images, prompts):
 
 
 def small(**changes):
-    "Four epochs of eight pictures; every part of the machinery is in use: several updates, ragged micro-batches, prompt statistics, evaluations."
+    "Four epochs of eight pictures, all the machinery in use: several updates, ragged micro-batches, prompt statistics, evaluations."
     from alignkit.ddpo import DDPOConfig
-    return DDPOConfig(**{**dict(num_epochs=4, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=4, updates_per_epoch=2, micro_batch_size=6, eta=1.,
-                                stats_buffer_size=8, stats_min_count=5, eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2), **changes})
+    few = dict(num_epochs=4, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=4, updates_per_epoch=2, micro_batch_size=6,
+               eta=1., stats_buffer_size=8, stats_min_count=5, eval_every=2, eval_samples=3, eval_prompts=("a cow",), learning_rate=1e-2)
+    return DDPOConfig(**{**few, **changes})
 
 
 def go(pipe_folder, out=None, reward=brightness, resume=False, callbacks=(), **changes):
@@ -75,6 +79,45 @@ def in_child(fn, *args):
         child.kill()
         raise AssertionError("the child process hangs")
     return child.exitcode
+
+
+def _as_rank(fn, out):
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    torch.set_num_threads(1)  # a forked process cannot use the parent's threads
+    AcceleratorState._reset_state(True)  # nor its state
+    result = fn()
+    assert PartialState().num_processes == 2
+    torch.save(result, Path(out) / f"rank_{PartialState().process_index}.pt")
+
+
+def of_two(out):
+    "What `fn` of `on_two` returned in the two processes."
+    return [torch.load(Path(out) / f"rank_{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+def on_two(fn, out):
+    "Run `fn()` in two forked processes that know of each other, with the folder `out` for what each returns; returns both."
+    from accelerate import debug_launcher
+    debug_launcher(_as_rank, (fn, out), num_processes=2)
+    return of_two(out)
+
+
+def torchrun(script, *args):
+    "A real launch of two processes, on the CPU."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    where = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", *where, script, *map(str, args)]
+    done = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def plain_picture(pipe):
+    "One picture by plain diffusers' own call."
+    g = torch.Generator().manual_seed(0)
+    return pipe("a cat", num_inference_steps=4, guidance_scale=3., eta=1., generator=g, output_type="np", height=32, width=32).images[0]
 
 
 def weights(folder):
@@ -114,5 +157,7 @@ def assert_same_run(folder, other):
     assert bits(history(folder)) == bits(history(other)), "histories differ"
     base = [{k: v for k, v in json.loads((f / "eval_base.json").read_text()).items() if k not in TIMINGS} for f in (folder, other)]
     assert base[0] == base[1], "evaluations of the base model differ"
-    if (folder / "lora").is_dir() or (other / "lora").is_dir(): assert bits(weights(folder / "lora")) == bits(weights(other / "lora")), "final adapters differ"
-    for picture in (folder / "samples").iterdir(): assert picture.read_bytes() == (other / "samples" / picture.name).read_bytes(), picture.name
+    if (folder / "lora").is_dir() or (other / "lora").is_dir():
+        assert bits(weights(folder / "lora")) == bits(weights(other / "lora")), "final adapters differ"
+    for picture in (folder / "samples").iterdir():
+        assert picture.read_bytes() == (other / "samples" / picture.name).read_bytes(), picture.name
