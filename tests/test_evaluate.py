@@ -189,7 +189,7 @@ def test_every_kind_of_subject(pipe_folder, adapters, tmp_path):
 
 
 def test_a_pipeline_that_is_only_looked_at(pipe_folder):
-    "It keeps its scheduler, what is trained and an adapter that is off; the base model is read in its precision, so that a copy stands still."
+    "It keeps its scheduler, what is trained and an adapter that is off; the base model is read in its precision: a copy stands still."
     from diffusers import PNDMScheduler
     pipe = adapter(pipe_folder, 1)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
