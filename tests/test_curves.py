@@ -35,7 +35,7 @@ def test_a_failing_run_is_named_and_the_other_is_kept(tmp_path, monkeypatch):
 
 
 def test_unknown_tasks_are_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match="method: ddpo_is, ddpo_sf"): reproduce(tmp_path, [("tiny_aesthetic", "ppo", 0)])
+    with pytest.raises(ValueError, match="method: one of ddpo_is, ddpo_sf"): reproduce(tmp_path, [("tiny_aesthetic", "ppo", 0)])
     assert not list(tmp_path.iterdir())
 
 

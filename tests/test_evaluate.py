@@ -5,13 +5,13 @@ import pandas as pd
 import pytest
 import torch
 from torch.testing import assert_close
-from alignkit.evaluate import (check_fit, evaluate, interval, leave_one_out, leave_one_out_pairs, mix, mix_adapters, mixing_path, mount,
-                               plot_path, read_adapter, readable, share_interval, side_by_side)
-from alignkit.mdp import draw
-from alignkit.pipelines import add_lora, load, save_lora
-from alignkit.prompts import get_prompts
+from alignkit.evaluate import (FINAL, check_fit, evaluate, how_of, interval, leave_one_out, leave_one_out_pairs, mix, mix_adapters,
+                               mixing_path, mount, plot_path, read_adapter, readable, share_interval, side_by_side)
+from alignkit.judges import drift, evaluate_fixed
+from alignkit.mdp import Drawing, draw
+from alignkit.pipelines import add_lora, load, open_model, save_lora
 from alignkit.rewards import Reward
-from alignkit.runs import Run, drift, evaluate_fixed, watch
+from alignkit.runs import Run, watch
 from conftest import assert_same_run, bits, brightness, go, history, in_child, of_two, on_two, plain_picture, weights
 
 FEW = dict(prompts=["a cow", "a pig"], num_samples=6, num_inference_steps=3, guidance_scale=1.)
@@ -109,6 +109,21 @@ def test_two_active_adapters_are_read_as_one(pipe_folder, adapters):
         assert_close(B @ A, sum(w * x[n][1] @ x[n][0] for w, x in ((0.5, a), (2., b)) if n in x), rtol=1e-5, atol=1e-6)
 
 
+def test_what_has_no_adapter_is_not_taken_for_the_base_model(pipe_folder, adapters, tmp_path):
+    "All weights trained, removed, switched off, fused, or a Run that was put together by hand."
+    run = go(pipe_folder, num_epochs=1, eval_every=0, trainable="full")
+    for nothing in (run, run.pipe, mount(open_model(pipe_folder), {})):
+        with pytest.raises(ValueError, match="the network has none"): mix(nothing, adapters / "a", 0.5, pipe_folder)
+    pipe = adapter(pipe_folder, 1)
+    assert_close(read_adapter(Run(pipe, run.config)), read_adapter(pipe))  # without its network
+    with pytest.raises(TypeError, match="got a Run without pipeline and folder"): read_adapter(Run(None, run.config))
+    pipe.unet.disable_adapters()
+    with pytest.raises(ValueError, match="it is switched off"): read_adapter(pipe)
+    pipe.unet.enable_adapters()
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="it is fused"): read_adapter(pipe)
+
+
 @pytest.mark.parametrize("c", [math.nan, math.inf, "0.5", None, True, [0.5]])
 def test_a_coefficient_is_a_number(pipe_folder, adapters, c):
     with pytest.raises(ValueError, match="coefficient: a finite number .*got"): mix("base", adapters / "a", c, pipe_folder)
@@ -119,12 +134,12 @@ def test_an_adapter_that_does_not_fit(pipe_folder, adapters, tmp_path):
     a = read_adapter(adapters / "a")
     name = next(iter(a))
     A, B = a[name]
-    pipe = load(pipe_folder)
+    model = open_model(pipe_folder)
     wide = {**a, name: (torch.zeros(2, A.shape[1] + 1), B)}
     fault = rf"first {name}: .*shape \({len(B)}, {A.shape[1] + 1}\), the pipeline has \({len(B)}, {A.shape[1]}\)"
     with pytest.raises(ValueError, match=rf"adapter mine does not fit this pipeline: 1 of its {len(a)} layers differ, {fault}"):
-        check_fit(pipe, wide, "mine")
-    with pytest.raises(ValueError, match="first down_blocks.9.to_q: .*no such layer"): mount(pipe, {"down_blocks.9.to_q": (A, B)})
+        check_fit(model, wide, "mine")
+    with pytest.raises(ValueError, match="first down_blocks.9.to_q: .*no such layer"): mount(model, {"down_blocks.9.to_q": (A, B)})
     with pytest.raises(ValueError, match="does not fit"): evaluate({"theirs": adapters / "a"}, pipe="tiny", **FEW)
     with pytest.raises(FileNotFoundError, match="holds no LoRA weights"): read_adapter(tmp_path)
     with pytest.raises(TypeError, match="got int"): read_adapter(3)
@@ -140,14 +155,15 @@ NUMBERS = ["mean", "low", "high", "change", "change_low", "change_high"]
 def test_the_means_are_those_of_evaluate_fixed(pipe_folder, adapters):
     "Same prompts, noise and pictures as the evaluations of a training, asked with the same purpose."
     table = evaluate({"a": adapters / "a"}, rewards=red, pipe=pipe_folder, diversity=False, purpose="eval", eta=0.5, **FEW)
-    fixed, images = evaluate_fixed(mix("base", adapters / "a", 1., pipe_folder), red, get_prompts(FEW["prompts"]), 6, 0, 3, eta=0.5)
+    model, how = open_model(mix("base", adapters / "a", 1., pipe_folder)), Drawing(purpose="eval", num_inference_steps=3, eta=0.5)
+    texts = [FEW["prompts"][i % 2] for i in range(6)]
+    fixed, images = evaluate_fixed(model, red, texts, how)
     row = table[(table.subject == "a") & (table.measure == "red")].iloc[0]
     assert_close(row["mean"], fixed["eval_reward_mean"], rtol=1e-4, atol=1e-6)
     assert_close((row.high - row.low) / 2, 1.959964 * fixed["eval_reward_sem"], rtol=1e-3, atol=1e-7)
-    texts = [FEW["prompts"][i % 2] for i in range(6)]
-    kl = drift(mix("base", adapters / "a", 1., pipe_folder), texts, 0, num_inference_steps=3, eta=0.5)
+    kl = drift(model, texts, how)
     assert_close(table[(table.subject == "a") & (table.measure == "drift")]["mean"].item(), kl.mean().item(), rtol=1e-3, atol=1e-5)
-    base = draw(load(pipe_folder), texts, 0, "eval", 0, 3, eta=0.5)
+    base = draw(pipe_folder, texts, how)
     d = (red(images, texts) - red(base, texts)).double()
     assert_close(row.change, d.mean().item(), rtol=1e-3, atol=1e-6)
     assert_close((row.change_high - row.change_low) / 2, 1.959964 * (d.std() / 6**0.5).item(), rtol=1e-3, atol=1e-6)
@@ -170,6 +186,31 @@ def test_every_kind_of_subject(pipe_folder, adapters, tmp_path):
     page = side_by_side({"run": run, "lora": tmp_path / "run" / "lora"}, FEW["prompts"], 2, num_inference_steps=2, width=40)
     assert page.width > 2 * 40 and page.height > 3 * 40
     assert readable(table).shape == (5, 5) and readable(table, change=True).shape == (4, 5)
+
+
+def test_a_pipeline_that_is_only_looked_at(pipe_folder):
+    "It keeps its scheduler, what is trained and an adapter that is off; the base model is read in its precision: a copy stands still."
+    from diffusers import PNDMScheduler
+    pipe = adapter(pipe_folder, 1)
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    pipe.unet.disable_adapters()
+    def state(): return pipe.scheduler, pipe.dtype, [p.requires_grad for p in pipe.unet.parameters()]
+    before, off = state(), draw(pipe, ["a cow"], num_inference_steps=2)
+    table = evaluate({"off": pipe}, rewards=red, pipe=pipe_folder, diversity=False, **FEW)
+    side_by_side({"off": pipe}, FEW["prompts"], 2, pipe=pipe_folder, num_inference_steps=2)
+    assert state() == before and draw(pipe, ["a cow"], num_inference_steps=2).equal(off)
+    assert (table.change.dropna() == 0).all() and (table["mean"][table.measure == "drift"] == 0).all()
+    half = evaluate({"half": load(pipe_folder, torch.bfloat16)}, rewards=red, pipe=pipe_folder, diversity=False, **FEW)
+    assert (half.change.dropna() == 0).all() and (half["mean"][half.measure == "drift"] == 0).all()
+
+
+def test_drawn_as_the_run_draws(pipe_folder, tmp_path):
+    "Without `how` an examination has the steps, guidance, eta and seed of the first run among its subjects, on noise of its own."
+    run = go(pipe_folder, tmp_path / "run", num_epochs=1, eval_every=0, seed=7, eta=0.5, num_inference_steps=3)
+    how = Drawing(seed=7, purpose="final", num_inference_steps=3, eta=0.5, batch_size=5)
+    assert how_of({"lora": tmp_path / "run" / "lora", "run": run}, None, {}) == how_of({"folder": tmp_path / "run"}, None, {}) == how
+    assert how_of({"run": run}, None, dict(eta=1.)).eta == 1 and how_of({"run": run}, FINAL, {}) == how_of({}, None, {}) == FINAL
+    with pytest.raises(TypeError, match="guidance"): evaluate(run, FEW["prompts"], red, 6, guidance=3.)
 
 
 def test_all_weights_trained(pipe_folder, tmp_path):
@@ -249,7 +290,8 @@ def test_bad_input(pipe_folder, change, error, words):
 
 def test_another_base_is_refused(pipe_folder, tmp_path):
     go(pipe_folder, tmp_path / "run", num_epochs=1, eval_every=0)
-    with pytest.raises(ValueError, match="was trained on .*, but the base model here is 'tiny'"): evaluate(tmp_path / "run", pipe="tiny")
+    for call in (evaluate, lambda run, pipe: mixing_path("base", run, pipe=pipe)):
+        with pytest.raises(ValueError, match="was trained on .*, but the base model here is 'tiny'"): call(tmp_path / "run", pipe="tiny")
 
 
 # early stopping ----------------------------------------------------------------------------------------------------------------
