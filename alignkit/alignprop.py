@@ -53,7 +53,7 @@ def keeping(
     kept:Tensor,  # bool (S,) from `kept_steps`
     stored:int|None=None,  # so many of the last kept steps store their activations; the others are computed again on the way back. None: all store
 ):  # the same policy, step(i, x)
-    "A policy whose network has a gradient at the kept steps only; elsewhere its answer is a constant, and a_t x_t passes on."
+    "A policy whose network carries a gradient at the kept steps only; elsewhere the sampler's own a_i x_i alone passes it on."
     left = kept.flip(0).cumsum(0).flip(0)  # kept steps from here on
     def chosen(i, x):
         if not kept[i]: return step(i, x, constant=True)
@@ -110,10 +110,11 @@ def renoised_last_step(
     mean, std = step(last, x)
     return (mean + std * noise[:, n].repeat(n, 1, 1, 1).float()).to(latents.dtype)
 
+# %% ../nbs/10_alignprop.ipynb #1120df82
 def decode_sliced(
     model:Model,
     latents:Tensor,  # (B, C, h, w)
-    slicing:int=0,  # so many pictures at a time, activations recomputed on the way back: the decoder's memory is that of so many; 0: all at once
+    slicing:int=0,  # pictures at a time, activations recomputed on the way back: the decoder's memory is that of so many; 0: all at once
 ) -> Tensor:  # (B, 3, H, W) in [0, 1], differentiable
     "The decoder with a gradient."
     if not slicing: return model.decode(latents)
@@ -122,7 +123,7 @@ def decode_sliced(
 # %% ../nbs/10_alignprop.ipynb #8605401a
 @dataclass
 class AlignPropConfig(TrainConfig):
-    "Settings beside those that all methods share. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
+    "Every setting beside those that all methods share. Defaults learn quickly on the embedded pipeline; `preset` has the papers' own."
     method:str = "alignprop"
     samples_per_epoch:int = 32  # pictures, over all processes: the reward queries of an epoch
     updates_per_epoch:int = 2  # optimiser steps; each draws its own samples_per_epoch / updates_per_epoch pictures
@@ -133,7 +134,7 @@ class AlignPropConfig(TrainConfig):
     strategy:str = "uniform"  # of `STRATEGIES`: which steps keep their graph
     truncation_k:int = 1  # K of strategy 'last'
     renoise:int = 2  # n of strategy 'draft_lv': noisings of each picture
-    checkpointing:str = "none"  # 'none', or 'step': one more forward a kept step for the memory of one
+    checkpointing:str = "none"  # 'none', or 'step': one more call of the network a kept step for the memory of one
     stored_steps:int = 0  # with 'step': so many of the last kept steps store their activations all the same
     guidance_grad:str = "both"  # 'both' branches of guidance carry a gradient, or the 'text' one only
     vae_slicing:int = 0  # pictures decoded at a time, recomputed on the way back; 0: all at once
@@ -155,20 +156,21 @@ class AlignPropConfig(TrainConfig):
 
     @property
     def stored(self): return None if self.checkpointing == "none" else self.stored_steps  # for `keeping`
+    def knobs(self, side=16): return _knobs(self, side)  # side of a latent, where it is known
     def phases(self, bytes_of): return _phases(self, bytes_of)
-    def knobs(self): return _knobs(self)
 
 # %% ../nbs/10_alignprop.ipynb #89431d98
 _PAPER = dict(
     trainable="lora", lora_rank=4, mixed_precision="fp16", samples_per_epoch=256, updates_per_epoch=2, num_inference_steps=50,
-    guidance_scale=7.5, eta=0., learning_rate=1e-3, adam_weight_decay=0.1, max_grad_norm=5., loss_coeff=0.01,
-    strategy="uniform", checkpointing="step")
+    guidance_scale=7.5, eta=0., learning_rate=1e-3, adam_weight_decay=0.1, max_grad_norm=5., loss_coeff=0.01, strategy="uniform",
+    checkpointing="step")
+# SD 1.5. mihirp1998/AlignProp, commit 7f4503f (config/align_prop.py): batch 128, 256 pictures an epoch, 7 epochs, 0.01 |r - 10|.
+# The paper draws one K an update; that code redraws at every step: strategy="per_step"
+_AESTHETIC = dict(_PAPER, num_epochs=7, reward_target=10.)
 PRESETS = {
-    # SD 1.5. mihirp1998/AlignProp, commit 7f4503f (config/align_prop.py): batch 128, 256 pictures an epoch, 7 epochs, 0.01 |r - 10|.
-    # The paper draws one K an update; that code redraws at every step: strategy="per_step"
-    "alignprop-paper": dict(_PAPER, num_epochs=7, reward_target=10.),
-    "aesthetic": dict(_PAPER, num_epochs=7, reward_target=10.),
-    "aesthetic-k1": dict(_PAPER, num_epochs=7, reward_target=10., strategy="last", truncation_k=1),
+    "alignprop-paper": _AESTHETIC,
+    "aesthetic": _AESTHETIC,
+    "aesthetic-k1": dict(_AESTHETIC, strategy="last", truncation_k=1),
     # the same with HPSv2, loss 0.01 (1 - r), whose gradient is that of -0.01 r
     "hps": dict(_PAPER, num_epochs=200),
     "hps-k1": dict(_PAPER, num_epochs=200, strategy="last", truncation_k=1),
@@ -179,8 +181,8 @@ PRESETS = {
     # trl 0.23.1, trl/trainer/alignprop_config.py: one picture an update, loss 10 - mean r
     "trl": dict(
         trainable="lora", lora_rank=4, mixed_precision="fp16", num_epochs=100, samples_per_epoch=1, updates_per_epoch=1,
-        num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-3, adam_weight_decay=1e-4,
-        max_grad_norm=1., strategy="per_step", checkpointing="step"),
+        num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-3, adam_weight_decay=1e-4, max_grad_norm=1.,
+        strategy="per_step", checkpointing="step"),
 }
 
 def preset(
@@ -220,6 +222,7 @@ def differentiable_pictures(
     else: latents = backprop_rollout(step, noise, kept, cfg.stored)
     return decode_sliced(job.model, latents, cfg.vae_slicing), texts
 
+# %% ../nbs/10_alignprop.ipynb #875832ba
 def finite_score(
     job:Job, epoch:int,
     images:Tensor, texts:list[str],  # as from `differentiable_pictures`
@@ -313,18 +316,17 @@ def train(
             going_back = clock.pop("all_s") - clock["sample_s"] - clock["reward_s"]
             everyone = job.accelerator.reduce(rewards).cpu()
             scored, counts = everyone[~everyone.isnan()], dict(kept_steps=sum(kept_count) / len(kept_count), skipped=skipped.count)
-            seconds = dict(clock, reward_work_s=clock["reward_s"], train_s=going_back)
-            if record(job, epoch, scored, torch.cat(shown), **means(job, updates), **counts, **seconds): break
+            times = dict(clock, reward_work_s=clock["reward_s"], train_s=going_back)
+            if record(job, epoch, scored, torch.cat(shown), **means(job, updates), **counts, **times): break
         return finish(job)
 
-# %% ../nbs/10_alignprop.ipynb #e1f33093
+# %% ../nbs/10_alignprop.ipynb #a3e2cb5e
 def most_kept(
     cfg,  # AlignPropConfig
 ) -> int:
     "The most steps that can carry a graph at once: a plan is for the worst update."
     return {"last": cfg.truncation_k, "draft_lv": 1, "refl": 1}.get(cfg.strategy, cfg.num_inference_steps)
 
-# %% ../nbs/10_alignprop.ipynb #f1dd7777
 @dataclass(frozen=True)
 class _Chain:
     "The kept steps of an update, in bytes: K of them, the last `stored` with their activations, the others with their latents."
@@ -334,34 +336,35 @@ class _Chain:
     more:dict|None  # each further one
     checkpoint:int  # latents of a step
 
-    def stack(self, n): return self.first["held"] + (n - 1) * self.more["held"] if n > 1 else n * self.first["held"]  # activations of n stored steps
+    def stack(self, n):  # activations of n stored steps
+        return self.first["held"] + (n - 1) * self.more["held"] if n > 1 else n * self.first["held"]
 
-def _chain(cfg, bytes_of, B, rows, accumulates):
+def _chain(cfg, bytes_of, B, rows):
+    "Stored are the last of the kept steps: they are used and gone before the others are recomputed."
     K = most_kept(cfg)
-    all_stored = cfg.stored is None or cfg.strategy == "draft_lv"
-    stored = K if all_stored else min(cfg.stored_steps, K)  # the last ones: used and gone before the others are recomputed
+    stored = K if cfg.stored is None or cfg.strategy == "draft_lv" else min(cfg.stored_steps, K)
     def call(through): return bytes_of.step(rows, grad=True, through=through, guidance_grad=cfg.guidance_grad)
     return _Chain(K, stored, call(stored < K), call(True) if K > 1 else None, B * bytes_of.latent)
 
+# %% ../nbs/10_alignprop.ipynb #7cdb32d7
 def _forward_phases(cfg, bytes_of, chain, B, rows, data, there):
     "Walk to the end, the kept steps with their graph."
     phases, K, stored = {}, chain.K, chain.stored
     if K < cfg.num_inference_steps or stored < K or rows > B:
         work = bytes_of.step(B, guidance_grad=cfg.guidance_grad)["forward"]
-        phases["sample"] = {DATA: data, "gradients": there, "checkpoints": max(K - stored - 1, 0) * chain.checkpoint, "workspace": work}
+        waiting = max(K - stored - 1, 0) * chain.checkpoint
+        phases["sample"] = {DATA: data, "gradients": there, "checkpoints": waiting, "workspace": work}
     if stored:
         last = chain.first if stored == 1 else chain.more
-        waiting = (K - stored) * chain.checkpoint
-        phases["kept steps"] = {DATA: data, "checkpoints": waiting, "network activations": chain.stack(stored), "gradients": there,
-                                "workspace": last["forward"] - last["held"]}
+        held = {"checkpoints": (K - stored) * chain.checkpoint, "network activations": chain.stack(stored)}
+        phases["kept steps"] = {DATA: data, **held, "gradients": there, "workspace": last["forward"] - last["held"]}
     return phases
 
-# %% ../nbs/10_alignprop.ipynb #c7ec2146
 def _decoder_phases(cfg, bytes_of, chain, rows, done, there):
     "Pictures, and the gradient back to the latents, while the chain waits."
     pictures = rows * bytes_of.picture
-    waiting, stack = (chain.K - chain.stored) * chain.checkpoint, chain.stack(chain.stored)
-    waits = {DATA: done, "checkpoints": waiting, "network activations": stack, "gradients": there}
+    held = {"checkpoints": (chain.K - chain.stored) * chain.checkpoint, "network activations": chain.stack(chain.stored)}
+    waits = {DATA: done, **held, "gradients": there}
     if cfg.vae_slicing:
         n = min(cfg.vae_slicing, rows)
         one, seen = bytes_of.decode(n, grad=True), bytes_of.decode(n)
@@ -374,17 +377,16 @@ def _decoder_phases(cfg, bytes_of, chain, rows, done, there):
     return {"decode": {**waits, "VAE activations": kept, "workspace": forward - held},
             "decode backward": {**waits, "VAE activations": inside, "workspace": backward - pictures - inside}}
 
-# %% ../nbs/10_alignprop.ipynb #901b64e0
+# %% ../nbs/10_alignprop.ipynb #371d5cec
 def _backward_phases(cfg, bytes_of, chain, rows, done, accumulates):
     "Back through the stored steps, then through those that are computed again."
     K, stored, G, there = chain.K, chain.stored, bytes_of.gradients, bytes_of.gradients if accumulates else 0
     single = K == 1 and accumulates  # then a gradient goes straight into the one that is there
     def call(through, acc): return bytes_of.step(rows, grad=True, through=through, accumulates=acc, guidance_grad=cfg.guidance_grad)
-    def back(call, others, checkpoints, made):  # made: this call makes the gradients, or the sums in which autograd gathers them over several steps
+    def back(call, others, checkpoints, made):  # made: this call makes the gradients, or their sums
         held, new, work = bytes_of.backward(call, made)
-        gathered = there + (0 if made or single else G)
-        there_are = {DATA: done, "checkpoints": checkpoints * chain.checkpoint, "gradients": gathered + new}
-        return {**there_are, "network activations": others + held, "workspace": work}
+        waiting = {"checkpoints": checkpoints * chain.checkpoint, "network activations": others + held}
+        return {DATA: done, **waiting, "gradients": there + (0 if made or single else G) + new, "workspace": work}
     def most(*options): return max(options, key=lambda parts: sum(parts.values()))
     phases, todo = {}, K - stored
     if stored and single: phases["steps backward"] = back(call(stored < K, True), 0, todo, False)
@@ -395,46 +397,51 @@ def _backward_phases(cfg, bytes_of, chain, rows, done, accumulates):
     elif todo: phases["recomputed steps"] = most(back(call(True, False), 0, todo - 1, True), back(call(todo > 2, True), 0, todo - 2, False))
     return phases
 
-# %% ../nbs/10_alignprop.ipynb #f267abb0
+# %% ../nbs/10_alignprop.ipynb #d51c9df0
 def _phases(cfg, bytes_of):
     "What is alive when: forward through the chain, the decoder there and back, back through the chain, the optimiser's step."
-    an_update = cfg.samples_per_epoch // cfg.updates_per_epoch
-    B, N = min(cfg.micro_batch_size, an_update), cfg.samples_per_epoch
-    rows, accumulates = B * (cfg.renoise if cfg.strategy == "draft_lv" else 1), an_update > B
+    an_update, N = cfg.samples_per_epoch // cfg.updates_per_epoch, cfg.samples_per_epoch
+    B, copies = min(cfg.micro_batch_size, an_update), cfg.renoise if cfg.strategy == "draft_lv" else 1
+    rows, accumulates = B * copies, an_update > B
     there, G = bytes_of.gradients if accumulates else 0, bytes_of.gradients
-    chain = _chain(cfg, bytes_of, B, rows, accumulates)
+    chain = _chain(cfg, bytes_of, B, rows)
     draws = cfg.num_inference_steps + 1 + (cfg.renoise + 1 if cfg.strategy == "draft_lv" else 0)
-    earlier, shown = (min(n, SHOWN) * bytes_of.picture for n in (max(N - B, 0), N))  # an epoch's first pictures are kept until they are recorded
+    earlier, shown = min(max(N - B, 0), SHOWN) * bytes_of.picture, min(N, SHOWN) * bytes_of.picture  # the first pictures wait for the record
     data = B * bytes_of.latent * draws + earlier
     done = data + rows * bytes_of.picture
-    bytes_of.note("network activations of one kept step", (chain.more or chain.first)["held"])
+    call = chain.more or chain.first
+    bytes_of.note("network activations of one kept step", call["held"])
     bytes_of.note("checkpoint of one step", chain.checkpoint)
-    bytes_of.note("one call of the network, backward", (chain.more or chain.first)["backward"])
+    bytes_of.note("one call of the network, backward", call["backward"])
     bytes_of.tell(kept_steps=chain.K, stored_steps=chain.stored, micro_batch_size=B, accumulates=accumulates)
-    return {**_forward_phases(cfg, bytes_of, chain, B, rows, data, there), **_decoder_phases(cfg, bytes_of, chain, rows, done, there),
-            **_backward_phases(cfg, bytes_of, chain, rows, done, accumulates),
-            "optimiser step": {DATA: shown, "gradients": G, "workspace": bytes_of.optimiser_step},
-            "record": {DATA: 2 * shown}, **evaluation_phase(cfg, bytes_of, 2 * shown)}  # one by one, and in one tensor
+    return {
+        **_forward_phases(cfg, bytes_of, chain, B, rows, data, there),
+        **_decoder_phases(cfg, bytes_of, chain, rows, done, there),
+        **_backward_phases(cfg, bytes_of, chain, rows, done, accumulates),
+        "optimiser step": {DATA: shown, "gradients": G, "workspace": bytes_of.optimiser_step},
+        "record": {DATA: 2 * shown}, **evaluation_phase(cfg, bytes_of, 2 * shown)}  # one by one, and in one tensor
 
 # %% ../nbs/10_alignprop.ipynb #efa6539d
 def update_cost(
     cfg:AlignPropConfig,
+    side:int=16,  # of a latent
 ) -> float:  # relative
-    "Time of an update in forwards: a backward costs two, or one where weights are frozen; a step that is computed again one more."
+    "Time of an update, in calls for one row: a backward costs two forwards, or one where weights are frozen; a recomputed step one."
     guided_rows = 2 if cfg.guidance_scale != 1 else 1
-    call = 1 + 7 / (guided_rows * cfg.micro_batch_size)  # being a call costs as much as 7 rows of 16 x 16 latents: the embedded UNet on one CPU thread
+    # being a call costs as much as 7 rows of 16 x 16 latents; on one CPU thread the embedded UNet of 2.8 M weights was measured at 4 to 7
+    call = 1 + 7 / (guided_rows * cfg.micro_batch_size * (side / 16)**2)
     S, K = cfg.num_inference_steps, most_kept(cfg)
     recomputed = 0 if cfg.stored is None else K - min(cfg.stored_steps, K)
     decoder = {0: 1, 4: 1.03, 1: 1.06}.get(cfg.vae_slicing, 1.06)  # its second forward: a guess, which settles ties
     return call * (S + (1 if cfg.trainable == "lora" else 2) * K + recomputed) * decoder
 
-def _knobs(cfg):
-    "Settings of speed and memory, from the fastest to the leanest: pictures in a graph, slices of the decoder, stored steps."
+def _knobs(cfg, side):
+    "Settings of speed and memory, from the fastest to the leanest: pictures in a graph, slices of the decoder, and which kept steps store."
     ways = [dict(checkpointing="none", stored_steps=0)]
-    if cfg.strategy != "draft_lv":  # its own step comes after the walk
+    if cfg.strategy != "draft_lv":  # whose only kept step comes after the walk
         ways += [dict(checkpointing="step", stored_steps=n) for n in reversed(range(most_kept(cfg)))]
     sizes = [(m, v) for m in halves(cfg.samples_per_epoch // cfg.updates_per_epoch) for v in (0, 4, 1) if v < m or v == 0]
     options = [dict(micro_batch_size=m, vae_slicing=v, **way) for m, v in sizes for way in ways]
-    ordered = sorted(options, key=lambda o: update_cost(replace(cfg, **o)))
+    ordered = sorted(options, key=lambda o: update_cost(replace(cfg, **o), side))
     drawn = drawing_knobs(cfg, 1) if cfg.eval_every else [cfg.sample_batch_size]
     return [dict(o, sample_batch_size=n) for n in drawn for o in ordered]

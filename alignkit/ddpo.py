@@ -159,8 +159,14 @@ class DDPOConfig(TrainConfig):
         return [dict(sample_batch_size=n, micro_batch_size=m) for n in drawn for m in halves(pairs)]
 
     def phases(self, bytes_of): return _phases(self, bytes_of)
+    def renamed(self, saved): return _renamed(saved)
 
 # %% ../nbs/08_ddpo.ipynb #f7370133
+def _renamed(saved):
+    "The record of a run of version 0.1, which said `per_prompt_stats`, in today's words."
+    rest = {k: v for k, v in saved.items() if k != "per_prompt_stats"}
+    return rest | dict(advantages="per_prompt" if saved["per_prompt_stats"] else "batch") if rest.keys() != saved.keys() else saved
+
 def _check_one_update(cfg):
     if cfg.updates_per_epoch * cfg.num_inner_epochs > 1:
         raise ValueError(
@@ -251,7 +257,7 @@ def recomputed(
     log_prob_of,  # (row, at) -> (M,)
 ) -> Tensor:  # (B, S): the stored log-probs, those pairs scored anew
     "Old log-probs from the training path, where a batch of another shape rounds otherwise by more than clip_range allows for."
-    old = walks.log_probs.clone()
+    old, job.now.doing = walks.log_probs.clone(), "training"
     others = job.cfg.timestep_fraction < 1  # then each pass over the epoch has other steps; else the first one has them all
     for micro_batches in batches[:None if others else job.cfg.updates_per_epoch]:
         for row, at in micro_batches: old[row, at] = log_prob_of(row, at)
@@ -296,6 +302,7 @@ def train(
                 old = recomputed(job, walks, batches, log_prob_of) if recomputes(job) else walks.log_probs
                 updates = [update(job, pairs, loss_of) for pairs in batches]
             if record(job, epoch, rewards, images, **report(job, updates), **seconds, **clock): break
+            del walks, images  # not beside the next epoch's
         return finish(job)
 
 # %% ../nbs/08_ddpo.ipynb #82ec1e60

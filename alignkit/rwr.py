@@ -240,6 +240,7 @@ def train(
                         updates.append(update(job, [(*b, inner) for b in batches], loss_of, rows))
             effective = (weights.sum()**2 / (weights**2).sum()).item()
             if record(job, epoch, rewards, images, **report(job, updates), effective_samples=effective, **seconds, **clock): break
+            del latents, x0, images  # not beside the next epoch's
         return finish(job)
 
 # %% ../nbs/07_rwr.ipynb #ed21c3fe
@@ -255,7 +256,8 @@ def _regression(cfg):
 
 def _phases(cfg, bytes_of):
     "What is alive when: the finished latents of an epoch, a batch of drawings, then a micro-batch of pictures."
-    drawing, data = sampling_phases(cfg, bytes_of, 2 * cfg.samples_per_epoch * bytes_of.latent32)
+    drawing, data = sampling_phases(cfg, bytes_of, cfg.samples_per_epoch * bytes_of.latent32)
+    data += bytes_of.processes * cfg.samples_per_epoch * bytes_of.latent32  # every process gets the latents of all
     most = -(-cfg.samples_per_epoch // cfg.updates_per_epoch)
     accumulates = most > cfg.micro_batch_size
     call = bytes_of.loss("regression", _regression(cfg), min(cfg.micro_batch_size, most), accumulates)
