@@ -20,14 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from .compat import FakeTensorMode, TorchDispatchMode, storage_key, tree_leaves, tree_map
+from .compat import NUMBER, FakeTensorMode, TorchDispatchMode, storage_key, tree_leaves, tree_map
 from .fast import fast
 from .mdp import get_sampler, policy
 from .pipelines import FAMILIES, PIPELINES, Cond, Model, add_lora, cast, data_dir, family, lookup, modules_of, quiet
 
 # %% ../nbs/09_memory.ipynb #4644d738
 class LiveBytes(TorchDispatchMode):
-    "Inside the block, `live` is the number of bytes that tensors made here still hold, and `peak` the most that it was. Works on real and on fake tensors."
+    """Inside the block, `live` is the number of bytes that tensors made here still hold, and `peak` the most that it was.
+    Works on real and on fake tensors."""
     def __init__(self,
         known=(),  # tensors that were there before: their storages, and views of them, are not counted
         block:int=1,  # each storage is rounded up to a multiple of this; CUDA's allocator: 512
@@ -39,7 +40,8 @@ class LiveBytes(TorchDispatchMode):
         self.old = {storage_key(s) for s in self.known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and types: return 1  # a fake tensor has no value to tell; code that asks may have any
+        if func is NUMBER and types: return 1  # a fake tensor has no value to tell; code that asks may have any
+        if func is torch.ops.prim.device.default: return args[0].fake_device  # asked of fake tensors thousands of times a call
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor): self._add(x.untyped_storage())
@@ -81,11 +83,12 @@ def measured_peak(
     fn,  # called once without arguments
     device:str="cpu",  # or 'cuda'
 ) -> int:  # bytes above what was allocated before the call
-    """What the allocator itself saw: on a CPU the running sum of the profiler's allocation events, on a GPU `torch.cuda.max_memory_allocated`.
-    On a CPU, freeing what was there before is not seen."""
+    """What the allocator itself saw: on a CPU the running sum of the profiler's allocation events (frees of what was there before unseen),
+    on a GPU `torch.cuda.max_memory_allocated`."""
     if torch.device(device).type == "cuda": return _peak_on_a_gpu(fn)
     gc.collect()  # what an earlier measurement left in a cycle would be freed, and counted, during this one
-    with _no_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: fn()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _no_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as prof: fn()
     events = sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
     now = peak = 0
     for _, n in events:
@@ -93,14 +96,14 @@ def measured_peak(
         peak = max(peak, now)
     return peak
 
-# %% ../nbs/09_memory.ipynb #023e8081
+# %% ../nbs/09_memory.ipynb #e5706d4e
 def call_bytes(
     run,  # called once; returns a tensor
     known,  # tensors that were there before
     block:int=1,  # see `LiveBytes`
     before=None,  # called first: bytes are counted from what it leaves
-) -> dict:  # held: after run(); forward: its peak; backward: the peak of the backward from what it returns, what is held included
-    "The three numbers of a call that a plan needs."
+) -> dict:  # held: after run(); forward: its peak; backward: the peak of the backward from what it returns, with what is held
+    "The three numbers of a call."
     with LiveBytes(known, block) as watch:
         kept = before() if before else None
         start = watch.peak = watch.live
@@ -111,7 +114,7 @@ def call_bytes(
         del kept  # alive until here
         return dict(held=held - start, forward=forward - start, backward=watch.peak - start)
 
-# %% ../nbs/09_memory.ipynb #07a43c58
+# %% ../nbs/09_memory.ipynb #fe3b0bdf
 def without_memory(
     module:nn.Module,  # of the meta device
 ) -> nn.Module:  # the same one
@@ -122,12 +125,6 @@ def without_memory(
         for name, b in list(m.named_buffers(recurse=False)): setattr(m, name, fake(b))
     return module
 
-# %% ../nbs/09_memory.ipynb #85da7b1f
-def _pixels(model):
-    "Height and width of a picture."
-    factor = 2 ** (len(model.frozen[0].config.block_out_channels) - 1)
-    return tuple(factor * n for n in model.latent_shape[1:])
-
 # %% ../nbs/09_memory.ipynb #fa5a613d
 _CLIP_L = dict(
     vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
@@ -137,26 +134,29 @@ _VAE = dict(
     block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512, scaling_factor=0.18215,
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 _UNET_XL = dict(
-    sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
-    transformer_layers_per_block=(1, 2, 10), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816)
-_DDIM = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
-ARCHITECTURES = {  # from the config.json files published with the weights: class of the pipeline, and of each part its module, class and config
+    sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+    use_linear_projection=True, transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), projection_class_embeddings_input_dim=2816)
+_DDIM = "diffusers", "DDIMScheduler", dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
+
+ARCHITECTURES = {  # from the published config.json files: class of the pipeline, and of each part its module, class and config
     "sd15": dict(
-        pipeline="StableDiffusionPipeline", scheduler=("diffusers", "DDIMScheduler", _DDIM), vae=("diffusers", "AutoencoderKL", _VAE),
+        pipeline="StableDiffusionPipeline", scheduler=_DDIM, vae=("diffusers", "AutoencoderKL", _VAE),
         unet=("diffusers", "UNet2DConditionModel", dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)),  # the rest is the default
         text_encoder=("transformers", "CLIPTextModel", _CLIP_L)),
     "sdxl": dict(
-        pipeline="StableDiffusionXLPipeline", scheduler=("diffusers", "DDIMScheduler", _DDIM),
+        pipeline="StableDiffusionXLPipeline", scheduler=_DDIM,
         vae=("diffusers", "AutoencoderKL", {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025}),
         unet=("diffusers", "UNet2DConditionModel", _UNET_XL), text_encoder=("transformers", "CLIPTextModel", _CLIP_L),
         text_encoder_2=("transformers", "CLIPTextModelWithProjection", _CLIP_BIGG)),
 }
 PUBLISHED = {  # hub ids that are planned without a download
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15", "CompVis/stable-diffusion-v1-4": "sd15", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15", "CompVis/stable-diffusion-v1-4": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
 
-# %% ../nbs/09_memory.ipynb #ebdf820d
+# %% ../nbs/09_memory.ipynb #fc607030
 def _config(part):
     config = part.config
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -189,7 +189,7 @@ def architecture(
         raise ValueError(f"pipe: {name!r} is neither a folder with a model_index.json nor one of {known}")
     return _folder_architecture(folder)
 
-# %% ../nbs/09_memory.ipynb #03fdcb2c
+# %% ../nbs/09_memory.ipynb #ccb9194b
 class _Skeleton:
     "A pipeline of which only the configs are there; a part is made on the meta device when it is asked for."
     config = SimpleNamespace(force_zeros_for_empty_prompt=True)  # what a family may ask of a pipeline besides its parts
@@ -202,7 +202,7 @@ class _Skeleton:
         return getattr(self, name)
 
 def _made(module, name, config, attention):
-    "One part: a scheduler as it is, a network without memory."
+    "One part: a scheduler as it is, a network on the meta device."
     kind = getattr(import_module(module), name)
     if not issubclass(kind, nn.Module): return kind.from_config(config)
     with quiet(), torch.device("meta"):
@@ -219,7 +219,7 @@ _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class _World:
     "What the bytes of a call depend on, besides the call."
     arch:str  # of `architecture`, as JSON
-    height:int|None
+    height:int|None  # pixels; None: the network's own
     width:int|None
     trainable:str
     rank:int
@@ -245,37 +245,45 @@ class _Copy:
     mode:FakeTensorMode  # the one that all its tensors belong to
     entered:ExitStack  # `fast`, which is never left
 
+def _pixels(model):
+    "Height and width of a picture."
+    factor = 2 ** (len(model.frozen[0].config.block_out_channels) - 1)
+    return tuple(factor * n for n in model.latent_shape[1:])
+
+# %% ../nbs/09_memory.ipynb #11bce928
 def _trained(model, world):
     "Frozen weights in the run's precision, the trained ones in float32."
     for part in model.frozen: cast(part, world.dtype)
     if world.trainable == "full": return model.net.requires_grad_(True)
     with torch.device("meta"): add_lora(cast(model.net, world.dtype), world.rank, target_modules=world.targets)
 
-def _plain_on_a_gpu(net):
-    "There, only adapted layers are computed otherwise; see `fast`."
-    for layer in net.modules():
-        if type(layer) in (nn.Linear, nn.Conv2d): layer.__dict__.pop("forward", None)
+def _first_decoding(model, world):
+    "In float16 a decoder may turn itself to float32 for good, as SDXL's does."
+    if world.precision != "fp16": return
+    with torch.no_grad(): model.decode(torch.empty(1, *model.latent_shape, dtype=world.dtype, device="meta"))
+
+def _made_fast(nets, world):
+    entered = ExitStack()
+    if world.fast: entered.enter_context(fast(*nets, chosen={}))  # which library multiplies changes no byte
+    plain = [layer for net in nets for layer in net.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+    for layer in plain if world.device == "cuda" else (): layer.__dict__.pop("forward", None)
+    return entered
 
 @lru_cache(4)
 def _copy(world):
     described = json.loads(world.arch)
-    pipe = _Skeleton(described, world.attention)
-    model, entered = lookup(FAMILIES, described["pipeline"], "pipe")(pipe, world.height, world.width), ExitStack()
+    model = lookup(FAMILIES, described["pipeline"], "pipe")(_Skeleton(described, world.attention), world.height, world.width)
+    nets, mode = (model.net, model.frozen[0]), FakeTensorMode(allow_non_fake_inputs=True)
     _trained(model, world)
-    if world.precision == "fp16":  # at its first call a decoder may turn to float32 for good, as SDXL's does
-        with torch.no_grad(): model.decode(torch.empty(1, *model.latent_shape, dtype=world.dtype, device="meta"))
-    nets = model.net, model.frozen[0]
-    if world.fast: entered.enter_context(fast(*nets, chosen={}))
-    if world.device == "cuda":
-        for net in nets: _plain_on_a_gpu(net)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _first_decoding(model, world)
+    entered = _made_fast(nets, world)
     with mode:
         for net in nets: without_memory(net)
     params = [p for p in model.net.parameters() if p.requires_grad]
     known = [x for net in nets for x in (*net.parameters(), *net.buffers())]
     return _Copy(model, params, known, get_sampler(model, 2, 1., world.sampler), mode, entered)
 
-# %% ../nbs/09_memory.ipynb #1061cdd5
+# %% ../nbs/09_memory.ipynb #c7d4b964
 class _CudaAutocast(TorchFunctionMode):
     "CUDA's autocast computes norms and softmax in float32; the CPU's, on which the fake run stands, does not."
     float32 = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}
@@ -300,6 +308,7 @@ def _inputs(world, batch):
     latents = torch.empty(batch, *copy.model.latent_shape, dtype=world.dtype)
     return SimpleNamespace(model=copy.model, net=copy.model.net, sampler=copy.sampler, latents=latents, cond=rows(batch), empty=rows(1))
 
+# %% ../nbs/09_memory.ipynb #d8fdd2ba
 def _call(world, make, batch, grad=True, through=False, accumulates=False):
     "One call of the network under the tracker; make(inputs) returns it, and the tensors that were there before."
     copy = _copy(world)
@@ -316,13 +325,6 @@ def _call(world, make, batch, grad=True, through=False, accumulates=False):
     for p in copy.params: p.grad = None
     return found
 
-def _decoding(world, batch, grad):
-    "The decoder under the tracker."
-    copy = _copy(world)
-    with _inside(world), torch.set_grad_enabled(grad):
-        latents = torch.empty(batch, *copy.model.latent_shape, dtype=world.dtype, requires_grad=grad)
-        return call_bytes(lambda: copy.model.decode(latents), [*copy.known, latents], world.block)
-
 def _one_step(guidance_scale, guidance_grad):
     "A step of the policy, as `mdp.walk` takes it."
     def make(p):
@@ -334,7 +336,14 @@ def _one_step(guidance_scale, guidance_grad):
         return run, [noise]
     return make
 
-# %% ../nbs/09_memory.ipynb #db3450c8
+def _decoding(world, batch, grad):
+    "The decoder under the tracker."
+    copy = _copy(world)
+    with _inside(world), torch.set_grad_enabled(grad):
+        latents = torch.empty(batch, *copy.model.latent_shape, dtype=world.dtype, requires_grad=grad)
+        return call_bytes(lambda: copy.model.decode(latents), [*copy.known, latents], world.block)
+
+# %% ../nbs/09_memory.ipynb #98654ef5
 def _up(n, block): return math.ceil(n / block) * block
 
 def _total(tensors, block): return sum(_up(x.numel() * x.element_size(), block) for x in tensors)
@@ -343,7 +352,7 @@ def _of(module, block): return _total([*module.parameters(), *module.buffers()],
 
 @lru_cache(64)
 def _weights(world):
-    "Bytes of what is there from the first phase to the last, and of a gradient of it."
+    "Bytes of what is there from the first phase to the last, by part; bytes of the gradients."
     copy, block = _copy(world), world.block
     decoder, *encoders = copy.model.frozen
     trained = _total(copy.params, block)
@@ -353,15 +362,16 @@ def _weights(world):
     return there, trained
 
 def _adam8bit_bytes(params, block=1):
-    """State of bitsandbytes' AdamW8bit (0.50.2, optim/optimizer.py, Optimizer2State.init_state): from 4096 elements on two bytes an element,
-    two float32 a block of 256, and two tables of 256 float32 for all; else two float32."""
+    """State of bitsandbytes' AdamW8bit (0.50.2, optim/optimizer.py, Optimizer2State.init_state): from 4096 elements on two bytes an
+    element, two float32 a block of 256, and two tables of 256 float32 for all; else two float32."""
     large = [p.numel() for p in params if p.numel() >= 4096]
     small = [p.numel() for p in params if p.numel() < 4096]
     states = sum(2 * _up(n, block) + 2 * _up(4 * math.ceil(n / 256), block) for n in large)
     tables = 2 * _up(4 * 256, block) if large else 0
     return states + tables + sum(2 * _up(4 * n, block) for n in small)
 
-def _adam_bytes(params, block, foreach):
+# %% ../nbs/09_memory.ipynb #1cf85d1e
+def _adam_bytes(params, block=1, foreach=False):
     "Bytes of AdamW's state, and of the workspace of its second step."
     with FakeTensorMode():
         fake = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
@@ -378,17 +388,24 @@ def _optimiser(world, use_8bit_adam):
     "Bytes of the optimiser's state and of its workspace."
     params, block = _copy(world).params, world.block
     if not use_8bit_adam: return _adam_bytes(params, block, world.device == "cuda")
-    copies = (_up(4 * p.numel(), block) for p in params if not p.is_contiguous())  # its update copies a channels-last weight into plain order
+    copies = (_up(4 * p.numel(), block) for p in params if not p.is_contiguous())  # a channels-last weight is copied into plain order
     return _adam8bit_bytes(params, block), max(copies, default=0)
 
-# %% ../nbs/09_memory.ipynb #d5549ba6
+# %% ../nbs/09_memory.ipynb #99c6ceb6
 _FOUND = {}  # calls that were measured in this process
 
 class _TooMuch(Exception):
     "A call needs more than there is, whatever else is alive."
 
+def _known(key, most, measure):
+    "The bytes of a call, measured the first time."
+    if key not in _FOUND: _FOUND[key] = measure()
+    if _FOUND[key]["forward"] > most: raise _TooMuch
+    return _FOUND[key]
+
+# %% ../nbs/09_memory.ipynb #778406f6
 class BytesOf:
-    "What a config's `phases` asks: bytes of the calls that its run makes, and of the things that it keeps."
+    "What a config's `phases` asks: bytes of the calls that its run makes (held, forward, backward), and of the things that it keeps."
     def __init__(self,
         cfg,
         world:_World,
@@ -404,37 +421,28 @@ class BytesOf:
         self.processes, self.noted, self.told = processes, {}, {}
         self._cfg, self._world, self._most = cfg, world, most
 
-    def _known(self, key, measure):
-        if key not in _FOUND: _FOUND[key] = measure()
-        if _FOUND[key]["forward"] > self._most: raise _TooMuch
-        return _FOUND[key]
+    def step(self, batch, grad=False, through=False, accumulates=False, guidance_scale=None, guidance_grad="both"):
+        "One step of the policy. through: its input has a gradient too; accumulates: gradients of an earlier micro-batch are there."
+        scale = 2. if (guidance_scale or self._cfg.guidance_scale) != 1 else 1.  # any other costs the same
+        key = self._world, "step", batch, grad, through, accumulates, scale, guidance_grad
+        return _known(key, self._most, lambda: _call(self._world, _one_step(scale, guidance_grad), batch, grad, through, accumulates))
 
-    def step(self, batch, grad=False, through=False, accumulates=False, guidance_scale=None, guidance_grad="both") -> dict:  # held, forward, backward
-        "One step of the policy; with `grad` it keeps what its backward needs, with `through` its input has a gradient too."
-        scale = 2. if (guidance_scale or self._cfg.guidance_scale) != 1 else 1.
-        key = self._world, "step", batch, grad, through, accumulates, scale, guidance_grad if scale != 1 else ""
-        return self._known(key, lambda: _call(self._world, _one_step(scale, guidance_grad), batch, grad, through, accumulates))
+    def loss(self, name, make, batch, accumulates=False):
+        "A method's loss: make(p) -> run, which returns it, and tensors that were there. p: model, net, sampler, latents, cond, empty."
+        key = self._world, "loss", type(self._cfg), name, batch, accumulates, self._cfg.guidance_scale != 1
+        return _known(key, self._most, lambda: _call(self._world, make, batch, accumulates=accumulates))
 
-    def loss(self,
-        name:str,  # of this loss among those of its config
-        make,  # p -> (run, known): run() returns the loss, known are tensors that were there before. p has model, net, sampler, latents, cond, empty
-        batch:int, accumulates:bool=False,  # rows of a micro-batch; gradients of an earlier one are there
-    ) -> dict:  # held, forward, backward
-        "A method's own loss over a micro-batch."
-        key = self._world, "loss", type(self._cfg), name, batch, self._cfg.guidance_scale != 1, accumulates
-        return self._known(key, lambda: _call(self._world, make, batch, accumulates=accumulates))
-
-    def decode(self, batch, grad=False) -> dict:  # held, forward, backward
-        "The decoder; with `grad` back from the pictures to the latents."
+    def decode(self, batch, grad=False):
+        "The decoder; grad: there and back, from the pictures to the latents."
         same = replace(self._world, trainable="", rank=0, targets=(), sampler="")  # the decoder does not care
-        return self._known((same, "decode", batch, grad), lambda: _decoding(self._world, batch, grad))
+        return _known((same, "decode", batch, grad), self._most, lambda: _decoding(self._world, batch, grad))
 
-    def backward(self, call:dict, made:bool) -> tuple:  # bytes of activations, of new gradients, of workspace
-        "Split the peak of a call's backward; made: this call makes the gradients."
+    def backward(self, call, made):
+        "Bytes of activations, new gradients and workspace at the peak of a call's backward; made: this call makes the gradients."
         new = min(self.gradients, call["backward"] - call["held"]) if made else 0
         return call["held"], new, call["backward"] - call["held"] - new
 
-    def note(self, name:str, nbytes:int): self.noted[name] = nbytes  # for `MemoryPlan.per_call`
+    def note(self, name, nbytes): self.noted[name] = nbytes  # for `MemoryPlan.per_call`
     def tell(self, **settings): self.told.update(settings)  # for `MemoryPlan.settings`
 
 # %% ../nbs/09_memory.ipynb #6c101636
@@ -459,25 +467,28 @@ class MemoryPlan:
     @property
     def table(self) -> pd.DataFrame:  # part, bytes (the most in any phase), GB, at_peak_GB, lives
         "One row a part, with the phases in which it lives."
-        p, most = self.phases, self.phases.max(axis=1)
+        p = self.phases[self.phases.max(axis=1) > 0]
         lives = ["all phases" if (row > 0).all() else ", ".join(row.index[row > 0]) for _, row in p.iterrows()]
-        columns = dict(part=p.index, bytes=most.to_numpy(), GB=most.to_numpy() / 1e9, at_peak_GB=p[self.peak_at].to_numpy() / 1e9, lives=lives)
-        return pd.DataFrame(columns)[most.to_numpy() > 0].reset_index(drop=True)
+        nbytes, at_peak = p.max(axis=1).to_numpy(), p[self.peak_at].to_numpy()
+        return pd.DataFrame(dict(part=p.index, bytes=nbytes, GB=nbytes / 1e9, at_peak_GB=at_peak / 1e9, lives=lives))
 
     def __str__(self): return f"{self.settings['method']}: peak {self.peak_gb:.3g} GB during {self.peak_at!r}"
 
-    def plot(self, ax=None): return _plot(self, ax)  # matplotlib axes; None: a new figure. Returns the axes
+    def plot(self,
+        ax=None,  # matplotlib axes; None: a new figure
+    ):  # the axes
+        "One bar a phase, the parts stacked."
+        return _plot(self.phases[(self.phases > 0).any(axis=1)] / 1e9, self.peak_gb, ax)
 
-def _plot(p, ax):
-    "One bar a phase, the parts stacked."
+# %% ../nbs/09_memory.ipynb #6e7f6bbf
+def _plot(shown, peak, ax):
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 3), layout="constrained")[1]
-    shown = p.phases[(p.phases > 0).any(axis=1)] / 1e9
     colours, bottom = dict(zip(PARTS, plt.get_cmap("tab20").colors)), 0 * shown.iloc[0]
     for part, row in shown.iterrows():
         ax.barh(shown.columns, row, left=bottom, label=part, color=colours[part])
         bottom = bottom + row
-    ax.axvline(p.peak_gb, color="k", lw=0.5, ls=":")
+    ax.axvline(peak, color="k", lw=0.5, ls=":")
     ax.invert_yaxis()
     ax.set(xlabel="GB")
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -485,7 +496,7 @@ def _plot(p, ax):
 
 # %% ../nbs/09_memory.ipynb #1ddfb41d
 def _size(pipe, cfg, resolution):
-    "Height and width in pixels: as asked, as a loaded `Model` was opened, as cfg says, or None, the network's own."
+    "Height and width in pixels: as asked, as a `Model` was opened, as cfg says, or None, the network's own."
     if resolution is not None: return resolution if isinstance(resolution, (tuple, list)) else (resolution, resolution)
     return _pixels(pipe) if isinstance(pipe, Model) else (cfg.height, cfg.width)
 
@@ -498,20 +509,21 @@ def _device(pipe, device):
 def _world(pipe, cfg, resolution, device, attention):
     "What the bytes of this run's calls depend on."
     if attention not in ("sdpa", "math"): raise ValueError(f"attention: 'sdpa' or 'math', got {attention!r}")
-    lora = cfg.trainable == "lora"
     described = json.dumps(architecture(pipe), default=str, sort_keys=True)
-    return _World(described, *_size(pipe, cfg, resolution), cfg.trainable, cfg.lora_rank if lora else 0, tuple(cfg.lora_targets) if lora else (),
-                  cfg.mixed_precision, cfg.fast != "off", cfg.sampler, _device(pipe, device), attention)
+    adapter = (cfg.lora_rank, tuple(cfg.lora_targets)) if cfg.trainable == "lora" else (0, ())
+    return _World(described, *_size(pipe, cfg, resolution), cfg.trainable, *adapter, cfg.mixed_precision, cfg.fast != "off", cfg.sampler,
+                  _device(pipe, device), attention)
 
 def _changed(call, cfg, changes):
     "cfg with other settings, checked."
-    if not (is_dataclass(cfg) and hasattr(cfg, "phases") and hasattr(cfg, "knobs")):
+    if isinstance(cfg, type) or not (is_dataclass(cfg) and hasattr(cfg, "phases") and hasattr(cfg, "knobs")):
         raise TypeError(f"cfg: a method's config, which brings phases and knobs, got {cfg!r}; the call is {call}")
     names = [f.name for f in fields(cfg)]
     if unknown := sorted(set(changes) - set(names)):
         raise TypeError(f"no setting {unknown[0]!r} in {type(cfg).__name__}; there are {', '.join(names)}")
     return replace(cfg, **changes).check()
 
+# %% ../nbs/09_memory.ipynb #31cecf08
 def _always(world, cfg, reward_bytes, reward_model):
     "What lives in every phase."
     reward = reward_bytes + (_of(reward_model, 1) if reward_model is not None else 0)
@@ -524,13 +536,12 @@ def _phases(cfg, bytes_of, always):
         raise ValueError(f"phases: {type(cfg).__name__} has a part {min(odd)!r}; there are {', '.join(PARTS)}")
     return {name: {**always, **parts} for name, parts in phases.items()}
 
-# %% ../nbs/09_memory.ipynb #485a608b
 def plan(
-    pipe,  # 'tiny', 'sd15', 'sdxl' or the hub id of one, a folder in diffusers format (its configs are read, its weights are not), a loaded pipeline or a `Model`
+    pipe,  # 'tiny', 'sd15', 'sdxl' or the hub id of one, a folder in diffusers format (no weights are read), a loaded pipeline or a `Model`
     cfg,  # a method's config: DDPOConfig, RWRConfig, AlignPropConfig or another one that brings `phases` and `knobs`
     *,
     resolution:int|tuple|None=None,  # pixels a side, or (height, width); None: as cfg says, else the pipeline's own
-    device:str|None=None,  # 'cpu' or 'cuda', whose autocast and block size are planned for, here or elsewhere; None: a loaded pipeline's, 'cpu' for 'tiny', else 'cuda'
+    device:str|None=None,  # 'cpu' or 'cuda', wherever the plan is made; None: a loaded pipeline's, 'cpu' for 'tiny', else 'cuda'
     attention:str="sdpa",  # 'sdpa': fused, keeps no scores; 'math': diffusers' AttnProcessor, which keeps the softmax of every attention
     reward_bytes:int=0,  # of the reward model: weights and what it needs for its gradient
     reward_model:nn.Module|None=None,  # or the module: its weights are counted
@@ -541,10 +552,10 @@ def plan(
     world = _world(pipe, cfg, resolution, device, attention)
     bytes_of = BytesOf(cfg, world)
     phases = _phases(cfg, bytes_of, _always(world, cfg, reward_bytes, reward_model))
-    table = pd.DataFrame(phases).reindex(PARTS).fillna(0).astype("int64")
     height, width = _pixels(_copy(world).model)
-    told = dict(method=cfg.method, resolution=height if height == width else (height, width), device=world.device, attention=attention)
-    return MemoryPlan(table, dict(told, mixed_precision=cfg.mixed_precision, trainable=cfg.trainable, **bytes_of.told), bytes_of.noted)
+    settings = dict(method=cfg.method, resolution=height if height == width else (height, width), device=world.device, attention=attention,
+                    mixed_precision=cfg.mixed_precision, trainable=cfg.trainable, **bytes_of.told)
+    return MemoryPlan(pd.DataFrame(phases).reindex(PARTS).fillna(0).astype("int64"), settings, bytes_of.noted)
 
 # %% ../nbs/09_memory.ipynb #dc263ec1
 def _free_gb(pipe, device):
@@ -554,7 +565,8 @@ def _free_gb(pipe, device):
     if device == "cpu":
         import psutil
         return (psutil.virtual_memory().available + taken) / 1e9
-    if not torch.cuda.is_available(): raise ValueError("budget_gb: 'auto' asks the GPU what is free, and there is none here; give a number, or device='cpu'")
+    if not torch.cuda.is_available():
+        raise ValueError("budget_gb: 'auto' asks the GPU what is free, and there is none here; give a number, or device='cpu'")
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # the allocator's cache is free, what others hold in it is not
     return (torch.cuda.mem_get_info()[0] + cached + taken) / 1e9
 
@@ -562,7 +574,7 @@ def _budget(budget_gb, pipe, device):
     "In bytes."
     if isinstance(budget_gb, str) and budget_gb == "auto":
         if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-            raise ValueError(f"budget_gb: give a number where {launched} processes train together; each would measure something else, and choose for itself")
+            raise ValueError(f"budget_gb: a number where {launched} processes train together, each would choose for itself, got 'auto'")
         return 0.9e9 * _free_gb(pipe, device)
     if not isinstance(budget_gb, Real) or isinstance(budget_gb, bool) or not budget_gb > 0:
         raise ValueError(f"budget_gb: a number of GB greater than 0, or 'auto', got {budget_gb!r}")
@@ -571,9 +583,11 @@ def _budget(budget_gb, pipe, device):
 def _share(cfg, processes):
     "The settings of one process of several: its share of the pictures."
     an_update = cfg.samples_per_epoch // cfg.updates_per_epoch
-    if processes < 1 or an_update % processes: raise ValueError(f"processes: must divide the {an_update} pictures of an update, got {processes}")
+    if processes < 1 or an_update % processes:
+        raise ValueError(f"processes: must divide the {an_update} pictures of an update, got {processes}")
     return replace(cfg, samples_per_epoch=cfg.samples_per_epoch // processes)
 
+# %% ../nbs/09_memory.ipynb #eec8f2d4
 def _first_that_fits(ways, peak_of, budget):
     for way in ways:
         try:
@@ -588,29 +602,25 @@ def _least(ways, peak_of):
         except _TooMuch: pass
     return least
 
-# %% ../nbs/09_memory.ipynb #cd623845
 def fit(
     pipe,  # as in `plan`
     cfg,  # a method's config
     budget_gb:float|str,  # 10^9 bytes that a process may use at its peak, weights included; 'auto': nine tenths of what is free
-    *more,  # nothing: the call of version 0.1 had the method's name before cfg
+    *more,  # nothing: before 0.2 the method's name stood before cfg
     processes:int=1,  # that share the pictures of an update
-    resolution:int|tuple|None=None, device:str|None=None, attention:str="sdpa", reward_bytes:int=0, reward_model:nn.Module|None=None,  # as in `plan`
+    resolution=None, device=None, attention="sdpa", reward_bytes=0, reward_model=None,  # as in `plan`
     **changes,  # as in `plan`; they stay in the config that is returned
 ):  # a copy of cfg
-    "The fastest way of `cfg.knobs()` that fits. The update stays the same: only what is done at a time, stored and recomputed changes."
-    call = "fit(pipe, cfg, budget_gb)"
-    if more or isinstance(cfg, str): raise TypeError(f"cfg: a method's config, got {cfg!r}; the call is {call}")
-    cfg = _changed(call, cfg, changes)
-    world, mine = _world(pipe, cfg, resolution, device, attention), _share(cfg, processes)
+    "The fastest way of `cfg.knobs()` that fits. The update stays the same: only what is done at a time, stored and computed again changes."
+    if more or isinstance(cfg, str): raise TypeError(f"cfg: a method's config, got {cfg!r}; the call is fit(pipe, cfg, budget_gb)")
+    cfg = _changed("fit(pipe, cfg, budget_gb)", cfg, changes)
+    mine, world = _share(cfg, processes), _world(pipe, cfg, resolution, device, attention)
     budget, always = _budget(budget_gb, pipe, world.device), _always(world, cfg, reward_bytes, reward_model)
-
     def peak_of(way, most):
         planned = replace(mine, **way)
         bytes_of = BytesOf(planned, world, processes, most - sum(always.values()))
         return max(sum(parts.values()) for parts in _phases(planned, bytes_of, always).values())
-
     way = _first_that_fits(mine.knobs(), peak_of, budget)
     if way is not None: return replace(cfg, **way).check()
     least = math.ceil(_least(mine.knobs(), peak_of) / 1e7) / 100
-    raise ValueError(f"budget_gb: nothing fits in {budget / 1e9:g} GB; the least that does, with the leanest of the {len(mine.knobs())} ways, is {least:.2f} GB")
+    raise ValueError(f"budget_gb: nothing fits in {budget / 1e9:g} GB; the least that does, of {len(mine.knobs())} ways, is {least:.2f} GB")

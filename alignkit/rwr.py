@@ -240,7 +240,7 @@ def train(
                         updates.append(update(job, [(*b, inner) for b in batches], loss_of, rows))
             effective = (weights.sum()**2 / (weights**2).sum()).item()
             if record(job, epoch, rewards, images, **report(job, updates), effective_samples=effective, **seconds, **clock): break
-            del latents, x0, images  # not beside the next epoch's
+            latents = x0 = images = None  # not beside the next epoch's
         return finish(job)
 
 # %% ../nbs/07_rwr.ipynb #ed21c3fe
