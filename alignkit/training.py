@@ -749,9 +749,9 @@ def update_phases(
     G = bytes_of.gradients
     held, new, work = bytes_of.backward(call, made=not accumulates)
     there = G if accumulates else 0
-    bytes_of.note("UNet activations of one micro-batch", held)
-    return {"forward": {DATA: data, "gradients": there, "UNet activations": held, "workspace": call["forward"] - held},
-            "backward": {DATA: data, "gradients": there + new, "UNet activations": held, "workspace": work},
+    bytes_of.note("network activations of one micro-batch", held)
+    return {"forward": {DATA: data, "gradients": there, "network activations": held, "workspace": call["forward"] - held},
+            "backward": {DATA: data, "gradients": there + new, "network activations": held, "workspace": work},
             "optimiser step": {DATA: data, "gradients": G, "workspace": bytes_of.optimiser_step}}
 
 def halves(n:int) -> list[int]:  # n, half of it, ..., 1

@@ -1,6 +1,6 @@
 "AlignProp end to end, on a pipeline with random weights: the numerics contract holds as it does for DDPO."
 from dataclasses import replace
-import json, os, signal
+import os, signal
 from unittest.mock import patch
 import pytest
 import torch
@@ -9,6 +9,7 @@ from alignkit import training
 from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, kept_steps, one_step_rollout, preset
 from alignkit.alignprop import renoised_last_step, train
 from alignkit.mdp import generator_for, get_sampler, policy
+from alignkit.memory import fit, plan
 from alignkit.pipelines import Cond, open_model
 from alignkit.rewards import Reward, RewardError
 from conftest import PROMPTS, assert_same_run, bits, brightness, history, in_child, on_two, updates_of, weights
@@ -75,43 +76,42 @@ def test_copies_of_draft_lv_keep_their_prompts(pipe_folder):
     assert_close(run.history.reward_std.iloc[0], torch.cat(means).std(correction=0).item(), rtol=1e-5, atol=1e-7)
 
 
-def least_budget(pipe_folder):
-    with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does") as error:
-        go(pipe_folder, memory_budget_gb=1e-5, **SMOOTH)
-    return float(str(error.value).split()[-2])
-
-
-def test_a_memory_budget_chooses_the_settings(pipe_folder, whole, tmp_path, capsys):
-    "memory_budget_gb lowers what is done at a time, says so, records it, and leaves the update alone; a resume keeps to it."
-    tight = least_budget(pipe_folder)
-    chosen = {}
-    for budget in (tight, "auto"):
-        out = tmp_path / str(budget)
-        seen = updates_of(lambda: go(pipe_folder, out, memory_budget_gb=budget, micro_batch_size=1, **SMOOTH))
+def test_a_memory_budget_chooses_the_settings(pipe_folder, whole):
+    "`fit` lowers what is done at a time, and the update stays: under the least budget and under what is free."
+    cfg = small(micro_batch_size=1, **SMOOTH)
+    with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does") as error: fit(pipe_folder, cfg, 1e-5)
+    chosen = {budget: fit(pipe_folder, cfg, budget) for budget in (float(str(error.value).split()[-2]), "auto")}
+    for best in chosen.values():
+        seen = updates_of(lambda: train(pipe_folder, red, PROMPTS, best))
         assert_close(seen, whole, rtol=0, atol=1e-4 * (whole[-1] - whole[0]).abs().max().item())
-        chosen[budget] = json.loads((out / "config.json").read_text())["config"]
-        assert f"memory_budget_gb={budget!r}: micro_batch_size={chosen[budget]['micro_batch_size']}" in capsys.readouterr().out
-    assert chosen[tight]["checkpointing"] == "step" and chosen[tight]["vae_slicing"]
-    assert (chosen["auto"]["micro_batch_size"], chosen["auto"]["checkpointing"]) == (4, "none")
-    with patch("alignkit.memory.fit", side_effect=AssertionError("a resume under the same budget does not choose again")):
-        run = go(pipe_folder, tmp_path / "auto", resume=True, memory_budget_gb="auto", micro_batch_size=1, **{**SMOOTH, "num_epochs": 3})
-    assert len(run.history) == 3
+    tight, free = chosen.values()
+    assert tight.checkpointing == "step" and tight.vae_slicing
+    assert (free.micro_batch_size, free.checkpointing) == (4, "none")
+
+
+def test_what_is_done_at_a_time_may_change_on_resume(pipe_folder, tmp_path):
+    "A run that ran out of memory goes on with leaner settings."
+    cfg = small(**{**SMOOTH, "num_epochs": 3})
+    go(pipe_folder, tmp_path, **SMOOTH)
+    lean = fit(pipe_folder, cfg, plan(pipe_folder, replace(cfg, micro_batch_size=1, checkpointing="step")).peak_gb + 1e-6)
+    assert lean != cfg
+    assert len(train(pipe_folder, red, PROMPTS, lean, resume=tmp_path).history) == 3
 
 
 @pytest.mark.parametrize("where, words", [
     ("alignkit.alignprop.decode_sliced", ["lower micro_batch_size (now 3)", "checkpointing='step'", "vae_slicing=1"]),
-    ("alignkit.runs.draw", ["lower sample_batch_size (now 64)"]),
+    ("alignkit.judges.draw", ["lower sample_batch_size (now 64)"]),
     ("reward", ["lower micro_batch_size (now 3)"]),
 ])
 def test_out_of_memory_says_what_to_lower(pipe_folder, where, words):
-    "The message names the setting, its value, and what memory.fit would choose; in a reward too, whose errors are wrapped."
+    "The message names the setting, its value, and the function that chooses; in a reward too, whose errors are wrapped."
     gone = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     def hungry(images, prompts): raise gone
     with pytest.raises(torch.OutOfMemoryError) as error:
         if where == "reward": go(pipe_folder, reward=Reward(hungry, "hungry", differentiable=True), eval_every=0)
         else:
             with patch(where, side_effect=gone): go(pipe_folder)
-    for word in [*words, "out of memory", "memory.fit for", "would choose micro_batch_size=", "Tried to allocate 2.00 GiB"]:
+    for word in [*words, "out of memory", "fit(pipe, cfg, budget_gb)", "Tried to allocate 2.00 GiB"]:
         assert word in str(error.value)
 
 

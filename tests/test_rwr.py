@@ -1,5 +1,5 @@
 "Reward-weighted regression end to end, on a pipeline with random weights: the numerics contract holds as it does for DDPO."
-import json, os, signal
+import os, signal
 from dataclasses import replace
 from unittest.mock import patch
 import numpy as np
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 from alignkit import rwr, training
+from alignkit.memory import fit, plan
 from alignkit.pipelines import Cond, load, open_model
 from alignkit.rewards import Reward, RewardError
 from alignkit.rwr import PRESETS, RWRConfig, denoising_loss, preset, regression_draws, rwr_weights, sparse_weights, train, update_groups
@@ -177,20 +178,21 @@ def test_speed_and_memory_settings_leave_the_update_alone(pipe_folder, whole, ki
     assert_close(seen, whole[kind], rtol=0, atol=2e-4 * (whole[kind][-1] - whole[kind][0]).abs().max().item())
 
 
-def test_a_memory_budget_chooses_the_settings(pipe_folder, whole, tmp_path, capsys):
-    "memory_budget_gb lowers what is done at a time, says so, and leaves the update alone; out of memory names the setting to lower."
-    with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does"): go(pipe_folder, memory_budget_gb=1e-5, **SMOOTH)
-    tight, used = plan(pipe_folder, "ddpo", small(**{**SMOOTH, "micro_batch_size": 2, "sample_batch_size": 1})).peak_gb + 1e-6, []
-    def recording(unet, scheduler, x0, *args):
+def test_a_memory_budget_chooses_the_settings(pipe_folder, whole):
+    "`fit` lowers what is done at a time and leaves the update alone; out of memory names the setting to lower."
+    cfg = small(**WHOLE)
+    with pytest.raises(ValueError, match="nothing fits in 1e-05 GB; the least that does"): fit(pipe_folder, cfg, 1e-5)
+    tight = plan(pipe_folder, replace(cfg, micro_batch_size=2, sample_batch_size=1)).peak_gb + 1e-6
+    chosen, used = fit(pipe_folder, cfg, tight), []
+    def recording(model, net, x0, *args):
         used.append(len(x0))
-        return denoising_loss(unet, scheduler, x0, *args)
+        return denoising_loss(model, net, x0, *args)
     with patch("alignkit.rwr.denoising_loss", side_effect=recording):
-        seen = updates_of(lambda: go(pipe_folder, tmp_path, memory_budget_gb=tight, **WHOLE))
+        seen = updates_of(lambda: train(pipe_folder, brightness, PROMPTS, chosen))
     assert_close(seen, whole["softmax"], rtol=0, atol=2e-4 * (whole["softmax"][-1] - whole["softmax"][0]).abs().max().item())
-    chosen = json.loads((tmp_path / "config.json").read_text())["config"]["micro_batch_size"]
-    assert max(used) == chosen == 2 and f"micro_batch_size={chosen}" in capsys.readouterr().out
+    assert max(used) == chosen.micro_batch_size == 2
     gone = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    words = r"lower micro_batch_size \(now 3\).*memory.fit for .* would choose micro_batch_size="
+    words = r"lower micro_batch_size \(now 3\); fit\(pipe, cfg, budget_gb\) .* chooses"
     with patch("alignkit.rwr.denoising_loss", side_effect=gone), pytest.raises(torch.OutOfMemoryError, match=words): go(pipe_folder)
 
 
