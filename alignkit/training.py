@@ -38,8 +38,8 @@ class Checked:
     def whole(self, *names, least=1):
         for name in names:
             value = getattr(self, name)
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            self.need(good, name, f"a whole number of at least {least}")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            self.need(whole and value >= least, name, f"a whole number of at least {least}")
 
     def positive(self, *names):
         for name in names: self.need(getattr(self, name) > 0, name, "greater than 0")
@@ -131,14 +131,14 @@ def check_evaluation(cfg:TrainConfig):
     cfg.need(not needs_base or cfg.trainable == "lora", "trainable", "the drift is measured from the model without its adapter, so 'lora'")
     for name in ("eval_kl", "eval_rewards"):
         cfg.need(cfg.eval_every > 0 or not getattr(cfg, name), name, "is looked at in evaluations, and eval_every=0 makes none")
-    scale = cfg.eval_guidance_scale
-    cfg.need(scale is None or scale >= 1, "eval_guidance_scale", "None, or at least 1 (1 is no guidance)")
+    guided = cfg.eval_guidance_scale is None or cfg.eval_guidance_scale >= 1
+    cfg.need(guided, "eval_guidance_scale", "None, or at least 1 (1 is no guidance)")
     if not cfg.early_stop: return
     cfg.need(cfg.eval_every > 0, "eval_every", f"early_stop={cfg.early_stop!r} judges by evaluations, so at least 1")
     drop = cfg.early_stop_drop
     good = isinstance(drop, (int, float)) and not isinstance(drop, bool) and 0 <= drop < math.inf
-    cfg.need(good, "early_stop_drop",
-             f"how far {cfg.early_stop!r} may fall below its best before the run stops, at least 0 and in its own unit")
+    may = f"how far {cfg.early_stop!r} may fall below its best before the run stops, at least 0 and in its own unit"
+    cfg.need(good, "early_stop_drop", may)
 
 # %% ../nbs/06c_training.ipynb #b4a2bb9e
 class Clock(dict):
@@ -259,7 +259,7 @@ def sample(
     keep,  # called with each batch as keep(rows, trajectory): a slice of `indices`, and the `mdp.Trajectory` that drew them
     log_prob_fn=None,  # as for `mdp.rollout`
 ) -> tuple[Tensor, Tensor, dict]:  # rewards (samples_per_epoch,) on the CPU, of all processes; the first pictures; seconds by part
-    "Draw, decode and score in batches, each scored while the next is drawn. A reward that fails stops the run, whose folder resumes here."
+    "Draw, decode and score in batches, one scored while the next is drawn. A reward that fails stops the run, whose folder resumes here."
     size, began, shown, error, job.now.doing = job.cfg.sample_batch_size, time.perf_counter(), [], None, "drawing"
     with job.accelerator.autocast(), Scorer(job.reward, epoch) as scorer:
         for at in range(0, len(indices), size):
@@ -313,7 +313,7 @@ def not_finite(
 def take_step(
     job:Job,
 ) -> Tensor:  # norm of the gradient before it was cut
-    "Cut the gradient, take one optimiser step; one that is not finite stops the run before the weights (in fp16 the scaler leaves it out)."
+    "Cut the gradient, take a step. One that is not finite stops the run before it reaches the weights (in fp16 the scaler leaves it out)."
     norm = torch.as_tensor(job.accelerator.clip_grad_norm_(job.params, job.cfg.max_grad_norm)).detach()
     if job.accelerator.scaler is None and not norm.isfinite():
         raise RuntimeError(not_finite(job, f"update {job.now.steps + 1}: the gradient is not finite"))
@@ -339,8 +339,8 @@ def drawing(
     purpose:str="eval",  # of the noise; 'final': noise by which nothing was chosen
 ) -> Drawing:
     "How a run draws the pictures of its evaluations."
-    newer = ("sampler", "height", "width")  # not in the records of 0.1
-    fields = {k: config[k] for k in ("seed", "num_inference_steps", "eta")} | {k: config[k] for k in newer if k in config}
+    newer = {k: config[k] for k in ("sampler", "height", "width") if k in config}  # not in a record of before 0.2
+    fields = {k: config[k] for k in ("seed", "num_inference_steps", "eta")} | newer
     guidance = config.get("eval_guidance_scale") or config["guidance_scale"]
     return Drawing(**fields, purpose=purpose, guidance_scale=guidance, batch_size=config["sample_batch_size"])
 
@@ -356,6 +356,7 @@ def _look(job, epoch):
             found |= dict(eval_kl=kl.mean().item(), eval_s=found["eval_s"] + time.perf_counter() - began)
     return found, images
 
+# %% ../nbs/06c_training.ipynb #16f0c4b9
 def _show(job, images, name): image_grid(images[:SHOWN]).save(job.folder.path / "samples" / f"{name}.png")
 
 def evaluate(
@@ -448,7 +449,7 @@ def save(
     counters = dict(step=job.now.steps, queries=job.now.queries, wall=job.now.wall, scaler=scaler)
     (where / "state.json").write_text(json.dumps(counters | remembered))
 
-# %% ../nbs/06c_training.ipynb #c4a8e9c4
+# %% ../nbs/06c_training.ipynb #4be07d12
 def _read_all_weights(net, where):
     from safetensors.torch import load_file
     old = where / "unet.safetensors"  # before 0.2
@@ -533,8 +534,7 @@ def _refuse_network(cfg, net):
         raise ValueError("pipe: it has an adapter, and trainable='full' trains plain weights; "
                          "merge it (pipe.fuse_lora(), then pipe.unload_lora_weights())")
     found = any(name == t or name.endswith(f".{t}") for name, _ in net.named_modules() for t in cfg.lora_targets)
-    if cfg.trainable == "lora" and not found:
-        raise ValueError(f"lora_targets: no layer of this network has such a name, got {cfg.lora_targets!r}")
+    cfg.need(found or cfg.trainable == "full", "lora_targets", "names of layers, and no layer of this network has one of these")
 
 def check_density(
     model:Model,
@@ -544,16 +544,16 @@ def check_density(
     one = torch.zeros(1, *[1] * len(model.latent_shape))
     for i, t in enumerate(model.scheduler.timesteps.tolist()):
         if not sampler(one, i, one)[1].gt(0).all():
-            raise ValueError(f"pipe: at timestep {t} this scheduler's std_dev_t is 0, and a step without noise has no density to learn "
-                             "(set_alpha_to_one=True does this to the last step: "
+            raise ValueError(f"pipe: at timestep {t} this scheduler's std_dev_t is 0, and a step without noise has no density "
+                             "to learn from (set_alpha_to_one=True does this to the last step: "
                              "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=False))")
 
 # %% ../nbs/06c_training.ipynb #b25f0a2e
 def _folder(out, resume):
     "The run folder, and whether a run in it goes on."
     named = not isinstance(resume, bool)
-    if named and out is not None and Path(out) != Path(resume):
-        raise ValueError(f"resume: a run goes on in its own folder, {resume}; leave out={out} away")
+    elsewhere = named and out is not None and Path(out) != Path(resume)
+    if elsewhere: raise ValueError(f"resume: a run goes on in its own folder, {resume}; leave out={out} away")
     folder = RunFolder(resume if named else out) if named or out is not None else None
     if resume and not folder: raise ValueError("resume: give a run folder, as resume=folder or as out=folder with resume=True")
     going_on = bool(resume) and folder.config_file.exists()
@@ -569,13 +569,13 @@ def _config(cfg, given, reward, prompts, eval_prompts):
     texts = dict(prompts_sha256=_digest(prompts), eval_prompts_sha256=_digest(eval_prompts))  # lists and files may change under one name
     return dict(pipe=pipe, reward=reward.name, prompts=prompts.name, **texts, **asdict(cfg))
 
+# %% ../nbs/06c_training.ipynb #2f7c80da
 def _resumable(folder, config, cfg):
     "A run goes on with its own settings, but for those that change no number of an epoch beyond rounding."
     at_a_time = {name for way in cfg.knobs() for name in way}
     older = {f.name: f.default for f in fields(cfg)} | {k: config[k] for k in ("prompts_sha256", "eval_prompts_sha256")}
     check_config(folder, config, (*FREE, "products", *at_a_time), older, cfg.renamed(folder.config()))
 
-# %% ../nbs/06c_training.ipynb #4fc66837
 def _products(cfg, model, saved, accelerator):
     "Which library computes which product: as recorded, else measured on the main process for all of them."
     from accelerate.utils import broadcast_object_list
@@ -681,9 +681,8 @@ def _advice(job, error):
     "Which setting to lower, by what the run was doing."
     cfg, training = job.cfg, job.now.doing == "training"
     lower = "micro_batch_size" if training else "sample_batch_size"
-    ways = cfg.knobs()
-    others = [k for k in ways[0] if not k.endswith("_batch_size") and k != "stored_steps"]
-    tried = {k: list(dict.fromkeys(way[k] for way in ways)) for k in others}
+    switches = [k for k in cfg.knobs()[0] if not k.endswith("_batch_size") and k != "stored_steps"]
+    tried = {k: list(dict.fromkeys(way[k] for way in cfg.knobs())) for k in switches}
     leanest = {k: values[-1] for k, values in tried.items() if values[-1] != getattr(cfg, k)}
     more = f", or set {' and '.join(f'{k}={v!r}' for k, v in leanest.items())}" if training and leanest else ""
     return (f"out of memory while {job.now.doing}: lower {lower} (now {getattr(cfg, lower)}){more}; "
