@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'SETTINGS', 'BACKPROP', 'RWR', 'METHODS', 'BLACK_BOX', 'EVERY', 'TASKS', 'COLUMNS', 'PANELS', 'SHORT',
-           'ALIASES', 'task_config', 'label', 'kept_epoch', 'judges_of', 'final_evaluation', 'summary', 'time_to',
-           'compare', 'compare_rewards', 'published', 'score_and_truth', 'sample_strip', 'run_one', 'reproduce',
+           'ALIASES', 'label', 'kept_epoch', 'judges_of', 'final_evaluation', 'summary', 'time_to', 'task_config',
+           'compare', 'compare_rewards', 'score_and_truth', 'sample_strip', 'published', 'run_one', 'reproduce',
            'report', 'main']
 
 # %% ../nbs/12_curves.ipynb #38943361
@@ -24,6 +24,87 @@ from .rewards import get_reward, with_unit
 from .runs import Run, evaluations, read_run, watch, write_atomic
 from .training import TrainConfig, drawing
 
+# %% ../nbs/12_curves.ipynb #4cef3217
+def label(
+    config:dict,  # of a `Run`
+) -> str:  # of `METHODS`, for those that are there
+    "The method by a short name, with its truncation where it has one."
+    if config["method"] == "rwr": return "rwr" if config["weights"] == "softmax" else "rwr_flat" if config["share"] == 1 else "rwr_sparse"
+    if "strategy" not in config: return config["method"]
+    return f"alignprop_k{config['truncation_k']}" if config["strategy"] == "last" else f"alignprop_{config['strategy']}"
+
+def kept_epoch(
+    run:Run,
+    drop:float=0.15,  # how far the judge may fall below its best so far, in its own unit: share of pictures
+    judge:str="clip_named",  # the reward that stands guard, one of the run's eval_rewards
+) -> int:  # -1: no epoch was better
+    "The epoch with the best held-out reward while the judge still recognises the pictures: `runs.watch`, which stops nothing here."
+    return watch(run.eval_base, run.rows, judge, drop, patience=len(run.rows) + 2)[1]
+
+def judges_of(
+    config:dict,  # of a `Run`
+) -> tuple[str, ...]:  # names of rewards
+    "What a final evaluation asks: the run's own judges, and how different all pictures are."
+    return tuple(dict.fromkeys((*config["eval_rewards"], *(["clip_diversity_all"] if config["eval_samples"] > 1 else []))))
+
+# %% ../nbs/12_curves.ipynb #6c667bf3
+def final_evaluation(
+    run:Run,  # with its folder; to compute, a LoRA run whose checkpoints are kept
+) -> pd.DataFrame:  # rows base, kept, last; columns epoch and eval_*
+    "The untrained model, the kept epoch and the last one on held-out prompts and new noise. Computed once, then read from eval_final.json."
+    file = run.folder.path / "eval_final.json"
+    epochs = dict(base=-1, kept=kept_epoch(run), last=int(evaluations(run).epoch.iloc[-1]))
+    folders = {e: run.folder.path / "checkpoints" / f"epoch_{e:04d}" for e in epochs.values() if e >= 0}
+    missing = [f for f in folders.values() if not f.is_dir()]
+    if file.is_file():
+        final = pd.DataFrame(json.loads(file.read_text())).T
+        complete = {f"eval_{name}_mean" for name in judges_of(run.config)} <= set(final)
+        if final.epoch.astype(int).to_dict() == epochs and (complete or missing): return final  # an older run may lack a judge
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: this checkpoint is needed for the final evaluation; "
+                                "train with save_every=eval_every and a large keep_checkpoints")
+    rows = _evaluate_again(run, epochs, folders)
+    write_atomic(file, json.dumps(rows, indent=1))
+    return pd.DataFrame(rows).T
+
+# %% ../nbs/12_curves.ipynb #f7de1695
+def _row(run):
+    "Base, kept and last epoch of one run."
+    base, kept, last = (row for _, row in final_evaluation(run).iterrows())
+    change = kept.eval_reward_mean - base.eval_reward_mean
+    sem = (base.eval_reward_sem**2 + kept.eval_reward_sem**2) ** 0.5
+    looked_at = {}
+    for name in judges_of(run.config):
+        for when, row in (("base", base), ("kept", kept), ("last", last)):
+            looked_at[f"{name.removeprefix('clip_')}_{when}"] = row.get(f"eval_{name}_mean", float("nan"))
+    return dict(
+        method=label(run.config), seed=run.config["seed"],
+        base=base.eval_reward_mean, kept_epoch=int(kept.epoch), kept=kept.eval_reward_mean,
+        change_percent=100 * change / abs(base.eval_reward_mean), standard_errors=change / sem if sem else 0.,
+        last=last.eval_reward_mean, **looked_at,
+        queries=int(run.history.queries.iloc[-1]), train_s=run.history.wall_s.iloc[-1])
+
+def summary(
+    runs:list[Run],
+) -> pd.DataFrame:  # one row a run
+    "Base, kept and last epoch of each run by `final_evaluation`: held-out reward, its change, and the rewards that were only looked at."
+    return pd.DataFrame(list(map(_row, runs)))
+
+# %% ../nbs/12_curves.ipynb #6ce66c01
+def time_to(
+    runs:list[Run],
+    levels:tuple,  # held-out rewards
+    column:str="wall_s",  # or 'queries'
+) -> pd.DataFrame:  # one row a run, one column a level; NaN where it is never reached
+    "Training time or queries until the held-out reward first stands at each level; straight lines between evaluations."
+    def crossing(e, level):
+        k = int((e.eval_reward_mean >= level).argmax())
+        if not k: return 0. if e.eval_reward_mean.iloc[0] >= level else float("nan")
+        (x0, y0), (x1, y1) = (e.loc[n, [column, "eval_reward_mean"]] for n in (k - 1, k))
+        return x0 + (level - y0) / (y1 - y0) * (x1 - x0)
+    def row(run): return {f"{level:g}": crossing(evaluations(run), level) for level in levels}
+    return pd.DataFrame([dict(method=label(r.config), seed=r.config["seed"], **row(r)) for r in runs])
+
 # %% ../nbs/12_curves.ipynb #e95a2207
 JUDGES = ("clip_named", "clip_diversity", "clip_diversity_all")  # only looked at
 SETTINGS = dict(
@@ -36,7 +117,7 @@ METHODS = {  # name -> module, config, and what differs from SETTINGS and TASKS
     "ddpo_sf": (ddpo, ddpo.DDPOConfig, dict(method="ddpo_sf", updates_per_epoch=1)),  # REINFORCE may use its samples for one update only
     "rwr": (rwr, rwr.RWRConfig, RWR),
     "rwr_sparse": (rwr, rwr.RWRConfig, dict(RWR, weights="sparse", share=0.1, num_inner_epochs=10, updates_per_epoch=2)),
-    "rwr_flat": (rwr, rwr.RWRConfig, dict(RWR, weights="sparse", share=1.)),  # the control: every picture counts alike, so the reward has no say
+    "rwr_flat": (rwr, rwr.RWRConfig, dict(RWR, weights="sparse", share=1.)),  # the control: every picture counts alike
     "alignprop_full": (alignprop, alignprop.AlignPropConfig, dict(BACKPROP, strategy="full")),
     "alignprop_k1": (alignprop, alignprop.AlignPropConfig, dict(BACKPROP, strategy="last", truncation_k=1)),
     "alignprop_k5": (alignprop, alignprop.AlignPropConfig, dict(BACKPROP, strategy="last", truncation_k=5)),
@@ -73,101 +154,6 @@ def task_config(
     settings = {**task, **differs, **changes}
     return settings.pop("prompts"), config(**settings)
 
-def label(
-    config:dict,  # of a `Run`
-) -> str:  # of `METHODS`, for those that are there
-    "The method by a short name, with its truncation where it has one."
-    if config["method"] == "rwr": return "rwr" if config["weights"] == "softmax" else "rwr_flat" if config["share"] == 1 else "rwr_sparse"
-    if "strategy" not in config: return config["method"]
-    return f"alignprop_k{config['truncation_k']}" if config["strategy"] == "last" else f"alignprop_{config['strategy']}"
-
-# %% ../nbs/12_curves.ipynb #4cef3217
-def kept_epoch(
-    run:Run,
-    drop:float=0.15,  # how far the judge may fall below its best so far, in its own unit: share of pictures
-    judge:str="clip_named",  # the reward that stands guard, one of the run's eval_rewards
-) -> int:  # -1: no epoch was better
-    "The epoch with the best held-out reward while the judge still recognises the pictures: `runs.watch`, which stops nothing here."
-    return watch(run.eval_base, run.rows, judge, drop, patience=len(run.rows) + 2)[1]
-
-def judges_of(config):
-    "Those of the run, and how different all pictures are."
-    return tuple(dict.fromkeys((*config["eval_rewards"], *(["clip_diversity_all"] if config["eval_samples"] > 1 else []))))
-
-# %% ../nbs/12_curves.ipynb #b3d0e1a2
-def _evaluate_again(run, epochs, folders):
-    "The base model and two epochs from their checkpoints, on noise that nothing was chosen by."
-    c = run.config
-    reward, judges = get_reward(c["reward"]), tuple(map(get_reward, judges_of(c)))
-    how = replace(drawing(c, "final"), batch_size=64)
-    texts = repeated(get_prompts(c["eval_prompts"]).texts, c["eval_samples"])
-    model = open_model(run.pipe or c["pipe"], how.height, how.width)
-    if not getattr(model.net, "peft_config", None):
-        add_lora(model.net, c["lora_rank"], c["lora_alpha"], tuple(c["lora_targets"]), c["seed"])
-    rows = {}
-    for name, epoch in epochs.items():
-        if epoch >= 0: load_lora(model.net, folders[epoch])
-        with adapter_off(model.net) if epoch < 0 else nullcontext():
-            rows[name] = dict(epoch=epoch, **evaluate_fixed(model, reward, texts, how, judges)[0])
-    return rows
-
-def final_evaluation(
-    run:Run,  # with its folder; to compute, a LoRA run whose checkpoints are kept
-) -> pd.DataFrame:  # rows base, kept, last; columns epoch and eval_*
-    "The untrained model, the kept epoch and the last one on held-out prompts and new noise. Computed once, then read from eval_final.json."
-    file = run.folder.path / "eval_final.json"
-    epochs = dict(base=-1, kept=kept_epoch(run), last=int(evaluations(run).epoch.iloc[-1]))
-    folders = {e: run.folder.path / "checkpoints" / f"epoch_{e:04d}" for e in epochs.values() if e >= 0}
-    missing = [f for f in folders.values() if not f.is_dir()]
-    if file.is_file():
-        final = pd.DataFrame(json.loads(file.read_text())).T
-        complete = {f"eval_{name}_mean" for name in judges_of(run.config)} <= set(final)
-        if final.epoch.astype(int).to_dict() == epochs and (complete or missing): return final  # an older run may lack a judge
-    if missing:
-        what = "this checkpoint is needed for the final evaluation; train with save_every=eval_every and a large keep_checkpoints"
-        raise FileNotFoundError(f"{missing[0]}: {what}")
-    rows = _evaluate_again(run, epochs, folders)
-    write_atomic(file, json.dumps(rows, indent=1))
-    return pd.DataFrame(rows).T
-
-# %% ../nbs/12_curves.ipynb #f7de1695
-def _row(run):
-    "Base, kept and last epoch of one run."
-    base, kept, last = (row for _, row in final_evaluation(run).iterrows())
-    change = kept.eval_reward_mean - base.eval_reward_mean
-    sem = (base.eval_reward_sem**2 + kept.eval_reward_sem**2) ** 0.5
-    looked_at = {}
-    for name in judges_of(run.config):
-        for when, row in (("base", base), ("kept", kept), ("last", last)):
-            looked_at[f"{name.removeprefix('clip_')}_{when}"] = row.get(f"eval_{name}_mean", float("nan"))
-    return dict(
-        method=label(run.config), seed=run.config["seed"],
-        base=base.eval_reward_mean, kept_epoch=int(kept.epoch), kept=kept.eval_reward_mean,
-        change_percent=100 * change / abs(base.eval_reward_mean), standard_errors=change / sem if sem else 0.,
-        last=last.eval_reward_mean, **looked_at,
-        queries=int(run.history.queries.iloc[-1]), train_s=run.history.wall_s.iloc[-1])
-
-def summary(
-    runs:list[Run],
-) -> pd.DataFrame:  # one row a run
-    "Each run by `final_evaluation`: held-out reward, its change, and the rewards that were only looked at."
-    return pd.DataFrame(list(map(_row, runs)))
-
-# %% ../nbs/12_curves.ipynb #6ce66c01
-def time_to(
-    runs:list[Run],
-    levels:tuple,  # held-out rewards
-    column:str="wall_s",  # or 'queries'
-) -> pd.DataFrame:  # one row a run, one column a level; NaN where it is never reached
-    "Training time or queries until the held-out reward first stands at each level; straight lines between evaluations."
-    def crossing(e, level):
-        k = int((e.eval_reward_mean >= level).argmax())
-        if not k: return 0. if e.eval_reward_mean.iloc[0] >= level else float("nan")
-        (x0, y0), (x1, y1) = (e.loc[n, [column, "eval_reward_mean"]] for n in (k - 1, k))
-        return x0 + (level - y0) / (y1 - y0) * (x1 - x0)
-    def row(run): return {f"{level:g}": crossing(evaluations(run), level) for level in levels}
-    return pd.DataFrame([dict(method=label(r.config), seed=r.config["seed"], **row(r)) for r in runs])
-
 # %% ../nbs/12_curves.ipynb #f734a190
 COLUMNS = {"wall_s": "training time (s)", "queries": "reward queries"}
 
@@ -181,6 +167,14 @@ def _comparable(runs):
     if len(empty) == len(runs): raise ValueError(f"runs: at least one with a finished epoch, got {len(empty)} without")
     return [r for r in runs if r.rows]
 
+def _by_method(runs):
+    "Colour, label and evaluations of each method's runs, in the order of `METHODS`; others come after it, by name."
+    tables = {}
+    for r in runs: tables.setdefault(label(r.config), []).append(evaluations(r))
+    order = [*METHODS, *sorted(set(tables) - set(METHODS))]
+    return [(f"C{k}", name, tables[name]) for k, name in enumerate(order) if name in tables]
+
+# %% ../nbs/12_curves.ipynb #d214f090
 def compare(
     runs:list[Run],  # of one reward and one pipeline
     x:str="both",  # 'wall_s', 'queries', or 'both' side by side
@@ -193,8 +187,7 @@ def compare(
     xs, runs = list(COLUMNS) if x == "both" else [x], _comparable(runs)
     if unknown := set(xs) - set(COLUMNS): raise ValueError(f"x: {', '.join(COLUMNS)} or both, got {unknown.pop()!r}")
     if axes is None: axes = plt.subplots(1, len(xs), figsize=(4.2 * len(xs), 2.8), sharey=True, squeeze=False, layout="constrained")[1][0]
-    for method in sorted({label(r.config) for r in runs}, key=[*METHODS].index):
-        color, tables = f"C{[*METHODS].index(method)}", [evaluations(r) for r in runs if label(r.config) == method]
+    for color, method, tables in _by_method(runs):
         for ax, column in zip(axes, xs):
             for t in tables: ax.plot(t[column], t.eval_reward_mean, color=color, lw=0.7, alpha=0.5 if len(tables) > 1 else 0)
             mean = pd.concat(tables).groupby("epoch")[[column, "eval_reward_mean"]].mean()
@@ -217,16 +210,9 @@ def compare_rewards(
     fig.legend(named.values(), named, loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     return fig
 
-def published() -> pd.DataFrame:  # what, method, value, unit, model, hardware, source
-    "Numbers of the papers and of their code, as published; none was measured here."
-    return pd.read_csv(data_dir() / "published.csv")
-
 # %% ../nbs/12_curves.ipynb #8ac3cd9b
-PANELS = {
-    "eval_reward_mean": "learned score (points)",
-    "eval_gold_mean": "gold, its truth (points)",
-    "eval_clip_named_mean": "pictures named by CLIP",
-}
+PANELS = dict(  # column of `evaluations` -> its label
+    eval_reward_mean="learned score (points)", eval_gold_mean="gold, its truth (points)", eval_clip_named_mean="pictures named by CLIP")
 
 def score_and_truth(
     runs:list[Run],  # of one reward, with these columns
@@ -236,9 +222,7 @@ def score_and_truth(
     "What was trained on beside what was only looked at, against reward queries; seeds thin, their mean thick."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 3), layout="constrained", squeeze=False)
-    there = {label(r.config) for r in runs}
-    for k, method in ((k, m) for k, m in enumerate(METHODS) if m in there):
-        tables, color = [evaluations(r) for r in runs if label(r.config) == method], f"C{k}"
+    for color, method, tables in _by_method(runs):
         for ax, column in zip(axes[0], panels):
             for t in tables: ax.plot(t.queries, t[column], color=color, lw=0.5, alpha=0.4)
             mean = pd.concat(tables).groupby("queries")[column].mean()
@@ -247,6 +231,7 @@ def score_and_truth(
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     return fig
 
+# %% ../nbs/12_curves.ipynb #a405accf
 def sample_strip(
     run:Run,  # with its folder
     rows:int=1,  # of eight pictures
@@ -259,6 +244,28 @@ def sample_strip(
     strip = Image.new("RGB", (width, 3 * height + 16), "white")
     for i, p in enumerate(pictures): strip.paste(p.crop((0, 0, width, height)), (0, i * (height + 8)))
     return strip
+
+# %% ../nbs/12_curves.ipynb #16d9a1fd
+def published() -> pd.DataFrame:  # what, method, value, unit, model, hardware, source
+    "Numbers of the papers and of their code, as published; none was measured here."
+    return pd.read_csv(data_dir() / "published.csv")
+
+# %% ../nbs/12_curves.ipynb #ef692a6f
+def _evaluate_again(run, epochs, folders):
+    "The base model and two epochs from their checkpoints, on noise that nothing was chosen by."
+    c = run.config
+    reward, judges = get_reward(c["reward"]), tuple(map(get_reward, judges_of(c)))
+    how = replace(drawing(c, "final"), batch_size=64)
+    texts = repeated(get_prompts(c["eval_prompts"]).texts, c["eval_samples"])
+    model = open_model(run.pipe or c["pipe"], how.height, how.width)
+    if not getattr(model.net, "peft_config", None):
+        add_lora(model.net, c["lora_rank"], c["lora_alpha"], tuple(c["lora_targets"]), c["seed"])
+    rows = {}
+    for name, epoch in epochs.items():
+        if epoch >= 0: load_lora(model.net, folders[epoch])
+        with adapter_off(model.net) if epoch < 0 else nullcontext():
+            rows[name] = dict(epoch=epoch, **evaluate_fixed(model, reward, texts, how, judges)[0])
+    return rows
 
 # %% ../nbs/12_curves.ipynb #aad33503
 SHORT = dict(num_epochs=16, eval_samples=48)  # of 64 pictures; the others draw as many in all
@@ -275,23 +282,24 @@ def run_one(
     changes = dict(seed=seed, progress=progress)
     prompts, cfg = task_config(reward, method, **changes)
     if short:
-        few = dict(SHORT, num_epochs=SHORT["num_epochs"] * 64 // cfg.samples_per_epoch)
-        prompts, cfg = task_config(reward, method, **changes, **few)
+        as_many = SHORT["num_epochs"] * 64 // cfg.samples_per_epoch
+        prompts, cfg = task_config(reward, method, **changes, **dict(SHORT, num_epochs=as_many))
     if num_epochs is not None: cfg.num_epochs = num_epochs
     run = METHODS[method][0].train("tiny", reward, prompts, cfg, out=Path(out) / reward / f"{method}_seed{seed}", resume=True)
     final_evaluation(run)
     return run
 
+# %% ../nbs/12_curves.ipynb #4dffed72
 def _start(out, task, num_epochs, short):
     "One run in a process of its own, on one thread; what went wrong, or None."
-    log, env = out / "logs" / "{}_{}_seed{}.log".format(*task), {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    log = out / "logs" / "{}_{}_seed{}.log".format(*task)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     call = f"from alignkit.curves import run_one; run_one({str(out)!r}, *{task!r}, {num_epochs}, {short})"
     with open(log, "w") as f: code = subprocess.run([sys.executable, "-c", call], stdout=f, stderr=f, env=env).returncode
     if code: return f"{' '.join(map(str, task))}: {(log.read_text().strip().splitlines() or ['it was killed'])[-1]} (all of it in {log})"
     print(f"{task[0]}, {task[1]}, seed {task[2]}: done", flush=True)
 
-# %% ../nbs/12_curves.ipynb #4dffed72
 def reproduce(
     out:str|Path,
     tasks:list[tuple],  # (reward, method, seed)
@@ -302,7 +310,7 @@ def reproduce(
     for reward, method, seed in tasks: task_config(reward, method, seed=seed)
     out = Path(out)
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        failed = [f for f in pool.map(lambda t: _start(out, t, num_epochs, short), tasks) if f]
+        failed = [f for f in pool.map(lambda task: _start(out, task, num_epochs, short), tasks) if f]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(tasks)} runs failed; the same call goes on with what is in {out}:\n" + "\n".join(failed))
     return [read_run(out / reward / f"{method}_seed{seed}") for reward, method, seed in tasks]
@@ -314,7 +322,8 @@ def _needed(runs):
     base, best = min(c.iloc[0] for c in curves), max(c.max() for c in curves)
     levels = [float(f"{base + share * (best - base):.3g}") for share in (0.25, 0.5, 0.75)]
     long = dict(id_vars=["method", "seed"], var_name="held-out reward", value_name="needed")
-    tables = [time_to(runs, levels, column).melt(**long).assign(unit=unit) for unit, column in (("s", "wall_s"), ("queries", "queries"))]
+    units = ("s", "wall_s"), ("queries", "queries")
+    tables = [time_to(runs, levels, column).melt(**long).assign(unit=unit) for unit, column in units]
     return pd.concat(tables).assign(reward=runs[0].config["reward"])
 
 def report(
@@ -328,28 +337,32 @@ def report(
     fig = compare_rewards(groups)
     fig.savefig(out / "curve.png", dpi=150)
     plt.close(fig)
-    for run in runs:
-        name = f"{run.config['reward']}_{label(run.config)}_seed{run.config['seed']}"
-        sample_strip(run).save(out / f"samples_{name}.png")
+    for run in runs: sample_strip(run).save(out / f"samples_{run.config['reward']}_{label(run.config)}_seed{run.config['seed']}.png")
     whole = pd.concat([summary(g).assign(reward=g[0].config["reward"]) for g in groups])
     whole.to_csv(out / "summary.csv", index=False)
     by = ["reward", "method", "seed"], ["unit", "held-out reward"]
     needed = pd.concat(list(map(_needed, groups))).pivot_table("needed", *by, dropna=False).dropna(how="all")
     needed.to_csv(out / "time_to.csv")
-    shown = ["reward", "method", "seed", "base", "kept_epoch", "kept", "standard_errors"]
-    shown += ["named_base", "named_kept", "last", "named_last", "train_s"]
+    _tell(out, whole, needed)
+
+# %% ../nbs/12_curves.ipynb #129fe3be
+def _tell(out, whole, needed):
+    "The tables of a report as text, and where its files are."
+    shown = ["reward", "method", "seed", "base", "kept_epoch", "kept", "standard_errors", "named_base", "named_kept",
+             "last", "named_last", "train_s"]
     print(whole[shown].round(2).to_string(index=False))
     for reward, table in needed.groupby(level="reward"):
         print(f"\nuntil the held-out {reward} first stands at (evaluations not counted; empty: never)")
         print(table.dropna(axis=1, how="all").round(0).to_string(na_rep="", index_names=False))
-    print(f"\ncurves: {out / 'curve.png'}; base, kept and last pictures: {out / 'samples_*.png'}", end="")
-    print(f"; tables: {out / 'summary.csv'}, {out / 'time_to.csv'}")
+    print(f"\ncurves: {out / 'curve.png'}; base, kept and last pictures: {out / 'samples_*.png'}; "
+          f"tables: {out / 'summary.csv'}, {out / 'time_to.csv'}")
 
 # %% ../nbs/12_curves.ipynb #e6bc0581
 def main():
-    about = ("Every method on the embedded pipeline: held-out reward against time and queries. "
-             "Without --reward: all methods on the learned aesthetic, and those that need no gradient on compressibility.")
-    parser = argparse.ArgumentParser(description=about)
+    "The command line."
+    parser = argparse.ArgumentParser(
+        description="Every method on the embedded pipeline: held-out reward against time and queries. "
+                    "Without --reward: all methods on the learned aesthetic, and those that need no gradient on compressibility.")
     parser.add_argument("--reward", choices=[*TASKS, *ALIASES])
     parser.add_argument("--method", "--methods", nargs="+", choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -28,16 +28,17 @@ def page(
 def light(
     fig=None,  # matplotlib figure; None: the current one
     colors:int=96,  # kept: a plot needs few, pictures more
+    lines:bool=False,  # of many methods or seeds: keep the rare colours of thin lines, where pictures need the frequent ones
 ):  # IPython image
     "A figure as a PNG of few colours, a third of the bytes; the figure is closed."
     import matplotlib.pyplot as plt
     from IPython.display import Image as Shown
     from PIL import Image
-    fig = fig or plt.gcf()
-    whole, small = io.BytesIO(), io.BytesIO()
+    fig, whole, small = fig or plt.gcf(), io.BytesIO(), io.BytesIO()
     fig.savefig(whole)
     plt.close(fig)
-    Image.open(whole).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    method = Image.Quantize.MAXCOVERAGE if lines else Image.Quantize.MEDIANCUT
+    Image.open(whole).convert("RGB").quantize(colors, method, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return Shown(small.getvalue(), format="png")
 
 def photo(

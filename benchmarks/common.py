@@ -31,7 +31,8 @@ def arguments(parser):
     parser.add_argument("--pipe", type=Path, default=ROOT / "data" / "tiny-sd", help="folder of a pipeline in diffusers format")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trl-python", help="python of an environment with trl==0.23.1")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "alignkit" / "trl-0.23.1", help="where an environment for TRL is made")
+    cache = Path.home() / ".cache" / "alignkit" / "trl-0.23.1"
+    parser.add_argument("--cache", type=Path, default=cache, help="where an environment for TRL is made")
     parser.add_argument("--worker", help="for the processes of the comparison itself")
 
 def rounds(script, a, *args):
@@ -41,22 +42,26 @@ def rounds(script, a, *args):
     runs = dict(alignkit=[], trl=[])
     for k in range(a.rounds):
         for name in sorted(runs, reverse=k % 2 == 1):
-            runs[name].append(in_process(script, python[name], name, str(a.pipe.resolve()), k, *args))
-            print(f"round {k + 1}, {name}: {runs[name][-1]['wall_s']['epoch']:.2f} s an epoch, {runs[name][-1]['cpu_s']['epoch']:.2f} s of processor time", file=sys.stderr)
+            run = in_process(script, python[name], name, str(a.pipe.resolve()), k, *args)
+            runs[name].append(run)
+            wall, cpu = (run[clock]["epoch"] for clock in CLOCKS)
+            print(f"round {k + 1}, {name}: {wall:.2f} s an epoch, {cpu:.2f} s of processor time", file=sys.stderr)
     return runs
 
 def summary(runs):
     rewards = [r for run in runs for r in run["rewards"]]
     out = {clock: {part: round(median(r[clock][part] for r in runs), 3) for part in runs[0][clock]} for clock in CLOCKS}
     out |= {name: round(median(r[name] for r in runs)) for name in ("peak_rss_mb", "rss_growth_mb")}
-    return dict(out, reward_mean=round(mean(rewards), 4), reward_sem=round(stdev(rewards) / len(rewards)**0.5, 4), pictures=len(rewards))
+    sem = stdev(rewards) / len(rewards)**0.5
+    return dict(out, reward_mean=round(mean(rewards), 4), reward_sem=round(sem, 4), pictures=len(rewards))
 
 def compare(runs):
     ours, theirs = summary(runs["alignkit"]), summary(runs["trl"])
-    ratio = {clock: {part: round(theirs[clock][part] / ours[clock][part], 2) for part in ours[clock] if part != "reward"} for clock in CLOCKS}
+    def ratios(clock): return {part: round(theirs[clock][part] / ours[clock][part], 2) for part in ours[clock] if part != "reward"}
     each = [round(b["wall_s"]["epoch"] / a["wall_s"]["epoch"], 2) for a, b in zip(runs["alignkit"], runs["trl"])]
     apart = (ours["reward_mean"] - theirs["reward_mean"]) / math.hypot(ours["reward_sem"], theirs["reward_sem"])
-    return dict(alignkit=ours, trl=theirs, ratio_trl_to_alignkit=ratio, ratio_of_each_round=each, reward_difference_in_standard_errors=round(apart, 2), rewards_agree=abs(apart) < 3)
+    return dict(alignkit=ours, trl=theirs, ratio_trl_to_alignkit={clock: ratios(clock) for clock in CLOCKS}, ratio_of_each_round=each,
+                reward_difference_in_standard_errors=round(apart, 2), rewards_agree=abs(apart) < 3)
 
 def write(a, result):
     text = json.dumps(result, indent=1)
