@@ -96,7 +96,7 @@ def measured_peak(
         peak = max(peak, now)
     return peak
 
-# %% ../nbs/09_memory.ipynb #4c13886b
+# %% ../nbs/09_memory.ipynb #355f63e8
 def call_bytes(
     run,  # called once; returns a tensor
     known,  # tensors that were there before
@@ -114,7 +114,7 @@ def call_bytes(
         del kept  # alive until here
         return dict(held=held - start, forward=forward - start, backward=watch.peak - start)
 
-# %% ../nbs/09_memory.ipynb #4626b96d
+# %% ../nbs/09_memory.ipynb #85043ded
 def without_memory(
     module:nn.Module,  # of the meta device
 ) -> nn.Module:  # the same one
@@ -156,7 +156,7 @@ PUBLISHED = {  # hub ids that are planned without a download
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15", "CompVis/stable-diffusion-v1-4": "sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
 
-# %% ../nbs/09_memory.ipynb #5295df3a
+# %% ../nbs/09_memory.ipynb #04834547
 def _config(part):
     config = part.config
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -189,7 +189,7 @@ def architecture(
         raise ValueError(f"pipe: {name!r} is neither a folder with a model_index.json nor one of {known}")
     return _folder_architecture(folder)
 
-# %% ../nbs/09_memory.ipynb #04fd1428
+# %% ../nbs/09_memory.ipynb #f6f16891
 class _Skeleton:
     "A pipeline of which only the configs are there; a part is made on the meta device when it is asked for."
     config = SimpleNamespace(force_zeros_for_empty_prompt=True)  # what a family may ask of a pipeline besides its parts
@@ -250,7 +250,7 @@ def _pixels(model):
     factor = 2 ** (len(model.frozen[0].config.block_out_channels) - 1)
     return tuple(factor * n for n in model.latent_shape[1:])
 
-# %% ../nbs/09_memory.ipynb #8606df81
+# %% ../nbs/09_memory.ipynb #562a700f
 def _trained(model, world):
     "Frozen weights in the run's precision, the trained ones in float32."
     for part in model.frozen: cast(part, world.dtype)
@@ -283,7 +283,7 @@ def _copy(world):
     known = [x for net in nets for x in (*net.parameters(), *net.buffers())]
     return _Copy(model, params, known, get_sampler(model, 2, 1., world.sampler), mode, entered)
 
-# %% ../nbs/09_memory.ipynb #7b793183
+# %% ../nbs/09_memory.ipynb #407b3af6
 class _CudaAutocast(TorchFunctionMode):
     "CUDA's autocast computes norms and softmax in float32; the CPU's, on which the fake run stands, does not."
     float32 = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}
@@ -308,7 +308,7 @@ def _inputs(world, batch):
     latents = torch.empty(batch, *copy.model.latent_shape, dtype=world.dtype)
     return SimpleNamespace(model=copy.model, net=copy.model.net, sampler=copy.sampler, latents=latents, cond=rows(batch), empty=rows(1))
 
-# %% ../nbs/09_memory.ipynb #53e43b5e
+# %% ../nbs/09_memory.ipynb #e1b2a36a
 def _call(world, make, batch, grad=True, through=False, accumulates=False):
     "One call of the network under the tracker; make(inputs) returns it, and the tensors that were there before."
     copy = _copy(world)
@@ -343,7 +343,7 @@ def _decoding(world, batch, grad):
         latents = torch.empty(batch, *copy.model.latent_shape, dtype=world.dtype, requires_grad=grad)
         return call_bytes(lambda: copy.model.decode(latents), [*copy.known, latents], world.block)
 
-# %% ../nbs/09_memory.ipynb #dab0747b
+# %% ../nbs/09_memory.ipynb #9f501ca3
 def _up(n, block): return math.ceil(n / block) * block
 
 def _total(tensors, block): return sum(_up(x.numel() * x.element_size(), block) for x in tensors)
@@ -370,7 +370,7 @@ def _adam8bit_bytes(params, block=1):
     tables = 2 * _up(4 * 256, block) if large else 0
     return states + tables + sum(2 * _up(4 * n, block) for n in small)
 
-# %% ../nbs/09_memory.ipynb #3bbb888a
+# %% ../nbs/09_memory.ipynb #178aebb4
 def _adam_bytes(params, block=1, foreach=False):
     "Bytes of AdamW's state, and of the workspace of its second step."
     with FakeTensorMode():
@@ -391,7 +391,7 @@ def _optimiser(world, use_8bit_adam):
     copies = (_up(4 * p.numel(), block) for p in params if not p.is_contiguous())  # a channels-last weight is copied into plain order
     return _adam8bit_bytes(params, block), max(copies, default=0)
 
-# %% ../nbs/09_memory.ipynb #ba08c0d8
+# %% ../nbs/09_memory.ipynb #69523399
 _FOUND = {}  # calls that were measured in this process
 
 class _TooMuch(Exception):
@@ -403,7 +403,7 @@ def _known(key, most, measure):
     if _FOUND[key]["forward"] > most: raise _TooMuch
     return _FOUND[key]
 
-# %% ../nbs/09_memory.ipynb #720fcffd
+# %% ../nbs/09_memory.ipynb #a6371a03
 class BytesOf:
     "What a config's `phases` asks: bytes of the calls that its run makes (held, forward, backward), and of the things that it keeps."
     def __init__(self,
@@ -480,7 +480,7 @@ class MemoryPlan:
         "One bar a phase, the parts stacked."
         return _plot(self.phases[(self.phases > 0).any(axis=1)] / 1e9, self.peak_gb, ax)
 
-# %% ../nbs/09_memory.ipynb #611ec4f2
+# %% ../nbs/09_memory.ipynb #35ed491f
 def _plot(shown, peak, ax):
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 3), layout="constrained")[1]
@@ -523,7 +523,7 @@ def _changed(call, cfg, changes):
         raise TypeError(f"no setting {unknown[0]!r} in {type(cfg).__name__}; there are {', '.join(names)}")
     return replace(cfg, **changes).check()
 
-# %% ../nbs/09_memory.ipynb #aff23f66
+# %% ../nbs/09_memory.ipynb #81b3ac0c
 def _always(world, cfg, reward_bytes, reward_model):
     "What lives in every phase."
     reward = reward_bytes + (_of(reward_model, 1) if reward_model is not None else 0)
@@ -587,7 +587,7 @@ def _share(cfg, processes):
         raise ValueError(f"processes: must divide the {an_update} pictures of an update, got {processes}")
     return replace(cfg, samples_per_epoch=cfg.samples_per_epoch // processes)
 
-# %% ../nbs/09_memory.ipynb #736810ec
+# %% ../nbs/09_memory.ipynb #22003f21
 def _first_that_fits(ways, peak_of, budget):
     for way in ways:
         try:
