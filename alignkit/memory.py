@@ -611,7 +611,7 @@ def fit(
     resolution=None, device=None, attention="sdpa", reward_bytes=0, reward_model=None,  # as in `plan`
     **changes,  # as in `plan`; they stay in the config that is returned
 ):  # a copy of cfg
-    "The fastest way of `cfg.knobs()` that fits. The update stays the same: only what is done at a time, stored and computed again changes."
+    "The fastest way of `cfg.knobs` that fits. The update stays the same: only what is done at a time, stored and computed again changes."
     if more or isinstance(cfg, str): raise TypeError(f"cfg: a method's config, got {cfg!r}; the call is fit(pipe, cfg, budget_gb)")
     cfg = _changed("fit(pipe, cfg, budget_gb)", cfg, changes)
     mine, world = _share(cfg, processes), _world(pipe, cfg, resolution, device, attention)
@@ -620,7 +620,8 @@ def fit(
         planned = replace(mine, **way)
         bytes_of = BytesOf(planned, world, processes, most - sum(always.values()))
         return max(sum(parts.values()) for parts in _phases(planned, bytes_of, always).values())
-    way = _first_that_fits(mine.knobs(), peak_of, budget)
+    ways = mine.knobs(max(_copy(world).model.latent_shape[1:]))
+    way = _first_that_fits(ways, peak_of, budget)
     if way is not None: return replace(cfg, **way).check()
-    least = math.ceil(_least(mine.knobs(), peak_of) / 1e7) / 100
-    raise ValueError(f"budget_gb: nothing fits in {budget / 1e9:g} GB; the least that does, of {len(mine.knobs())} ways, is {least:.2f} GB")
+    least = math.ceil(_least(ways, peak_of) / 1e7) / 100
+    raise ValueError(f"budget_gb: nothing fits in {budget / 1e9:g} GB; the least that does, of {len(ways)} ways, is {least:.2f} GB")
