@@ -302,7 +302,7 @@ def train(
                 old = recomputed(job, walks, batches, log_prob_of) if recomputes(job) else walks.log_probs
                 updates = [update(job, pairs, loss_of) for pairs in batches]
             if record(job, epoch, rewards, images, **report(job, updates), **seconds, **clock): break
-            walks = images = None  # not beside the next epoch's
+            walks = cond = images = None  # not beside the next epoch's
         return finish(job)
 
 # %% ../nbs/08_ddpo.ipynb #82ec1e60
