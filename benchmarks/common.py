@@ -7,7 +7,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = "torch==2.13.0 trl==0.23.1 diffusers==0.42.1 transformers peft accelerate pandas".split()
 CLOCKS = ("wall_s", "cpu_s")
 
-def now(): return time.perf_counter(), time.process_time()
+def gpu():
+    "torch.cuda where there is one."
+    import torch
+    return torch.cuda if torch.cuda.is_available() else None
+
+def now():
+    if cuda := gpu(): cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+def peak_gpu(): return dict(peak_gpu_mb=cuda.max_memory_allocated() / 2**20) if (cuda := gpu()) else {}
+
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # MB
 
 def in_process(script, python, name, *args):
@@ -51,7 +61,8 @@ def rounds(script, a, *args):
 def summary(runs):
     rewards = [r for run in runs for r in run["rewards"]]
     out = {clock: {part: round(median(r[clock][part] for r in runs), 3) for part in runs[0][clock]} for clock in CLOCKS}
-    out |= {name: round(median(r[name] for r in runs)) for name in ("peak_rss_mb", "rss_growth_mb")}
+    memory = [name for name in ("peak_rss_mb", "rss_growth_mb", "peak_gpu_mb") if name in runs[0]]
+    out |= {name: round(median(r[name] for r in runs)) for name in memory}
     sem = stdev(rewards) / len(rewards)**0.5
     return dict(out, reward_mean=round(mean(rewards), 4), reward_sem=round(sem, 4), pictures=len(rewards))
 
