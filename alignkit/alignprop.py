@@ -156,7 +156,7 @@ class AlignPropConfig(TrainConfig):
 
     @property
     def stored(self): return None if self.checkpointing == "none" else self.stored_steps  # for `keeping`
-    def knobs(self, side=16): return _knobs(self, side)  # side of a latent, where it is known
+    def knobs(self, call=7.): return _knobs(self, call)  # see `update_cost`
     def phases(self, bytes_of): return _phases(self, bytes_of)
 
 # %% ../nbs/10_alignprop.ipynb #89431d98
@@ -424,24 +424,22 @@ def _phases(cfg, bytes_of):
 # %% ../nbs/10_alignprop.ipynb #efa6539d
 def update_cost(
     cfg:AlignPropConfig,
-    side:int=16,  # of a latent
+    call:float=7.,  # what a call costs whatever its rows, in rows: 4 to 7 were measured on one CPU thread with the embedded UNet
 ) -> float:  # relative
     "Time of an update, in calls for one row: a backward costs two forwards, or one where weights are frozen; a recomputed step one."
-    guided_rows = 2 if cfg.guidance_scale != 1 else 1
-    # being a call costs as much as 7 rows of 16 x 16 latents; on one CPU thread the embedded UNet of 2.8 M weights was measured at 4 to 7
-    call = 1 + 7 / (guided_rows * cfg.micro_batch_size * (side / 16)**2)
+    rows = (2 if cfg.guidance_scale != 1 else 1) * cfg.micro_batch_size
     S, K = cfg.num_inference_steps, most_kept(cfg)
     recomputed = 0 if cfg.stored is None else K - min(cfg.stored_steps, K)
     decoder = {0: 1, 4: 1.03, 1: 1.06}.get(cfg.vae_slicing, 1.06)  # its second forward: a guess, which settles ties
-    return call * (S + (1 if cfg.trainable == "lora" else 2) * K + recomputed) * decoder
+    return (1 + call / rows) * (S + (1 if cfg.trainable == "lora" else 2) * K + recomputed) * decoder
 
-def _knobs(cfg, side):
+def _knobs(cfg, call):
     "Settings of speed and memory, from the fastest to the leanest: pictures in a graph, slices of the decoder, and which kept steps store."
     ways = [dict(checkpointing="none", stored_steps=0)]
     if cfg.strategy != "draft_lv":  # whose only kept step comes after the walk
         ways += [dict(checkpointing="step", stored_steps=n) for n in reversed(range(most_kept(cfg)))]
     sizes = [(m, v) for m in halves(cfg.samples_per_epoch // cfg.updates_per_epoch) for v in (0, 4, 1) if v < m or v == 0]
     options = [dict(micro_batch_size=m, vae_slicing=v, **way) for m, v in sizes for way in ways]
-    ordered = sorted(options, key=lambda o: update_cost(replace(cfg, **o), side))
+    ordered = sorted(options, key=lambda o: update_cost(replace(cfg, **o), call))
     drawn = drawing_knobs(cfg, 1) if cfg.eval_every else [cfg.sample_batch_size]
     return [dict(o, sample_batch_size=n) for n in drawn for o in ordered]

@@ -153,7 +153,7 @@ class DDPOConfig(TrainConfig):
         if self.method == "ddpo_sf": _check_one_update(self)
         return self
 
-    def knobs(self, side=16):
+    def knobs(self, call=7.):
         "What may change without changing the update: pictures drawn and pairs trained on at a time, from the fastest to the leanest."
         drawn, pairs = drawing_knobs(self, self.samples_per_epoch), self.samples_per_epoch // self.updates_per_epoch * kept_steps_of(self)
         return [dict(sample_batch_size=n, micro_batch_size=m) for n in drawn for m in halves(pairs)]

@@ -105,7 +105,7 @@ class RWRConfig(TrainConfig):
         self.need(0 < self.share <= 1, "share", "the best share to keep, in (0, 1]")
         return self
 
-    def knobs(self, side=16):
+    def knobs(self, call=7.):
         "What may change without changing the update: pictures drawn and trained on at a time, from the fastest to the leanest."
         most = -(-self.samples_per_epoch // self.updates_per_epoch)
         return [dict(sample_batch_size=n, micro_batch_size=m) for n in drawing_knobs(self, self.samples_per_epoch) for m in halves(most)]

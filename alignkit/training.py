@@ -120,7 +120,7 @@ class TrainConfig(SampleConfig):
             raise ValueError(f"updates_per_epoch: must divide samples_per_epoch={self.samples_per_epoch}, got {self.updates_per_epoch}")
         return self
 
-    def knobs(self, side=16):  # may change, and the update does not; side: of a latent, on which speed depends
+    def knobs(self, call=7.):  # may change, and the update does not; call: what a call costs whatever its rows, in rows
         return [{k: getattr(self, k) for k in ("sample_batch_size", "micro_batch_size")}]
     def renamed(self, saved): return saved  # the record of an earlier version's run, in the words of this one
 

@@ -1,8 +1,8 @@
-"What the end-to-end tests share: one thread, no hub, a pipeline with random weights, and a run that nothing interrupted."
+"What the end-to-end tests share: the CPU and one thread of it, no hub, a pipeline with random weights, and a run that nothing interrupted."
 import os
 THREADS = os.environ.get("ALIGNKIT_TEST_THREADS", "1")  # more of them round otherwise: to see what that turns red
 os.environ.update(OMP_NUM_THREADS=THREADS, MKL_NUM_THREADS=THREADS, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
-                  TOKENIZERS_PARALLELISM="false")
+                  TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")  # a GPU rounds otherwise, and cannot be used after a fork
 import json, math, multiprocessing, socket, subprocess, sys
 from pathlib import Path
 import pandas as pd

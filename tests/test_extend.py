@@ -48,7 +48,7 @@ from alignkit.training import TrainConfig, embed, epochs, finish, noise_of, poli
 class LastStepConfig(TrainConfig):
     method:str = "last_step"
     def phases(self, bytes_of): return {}
-    def knobs(self, side=16): return [dict(micro_batch_size=1)]
+    def knobs(self, call=7.): return [dict(micro_batch_size=1)]
 def train(pipe, reward, prompts, cfg, out=None, resume=False, callbacks=()):
     "Follow the gradient of the reward through the last step alone."
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, needs_gradient=True) as job:

@@ -511,7 +511,6 @@ def occupied(path):
         "unwritable out"])
 def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch, case, error, words):
     "A wrong argument is named, with the values there are, before a picture is drawn, and the run folder is not touched."
-    if "fp16" in words and torch.cuda.is_available(): pytest.skip("fp16 works on this machine")
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
     for name in ("rollout", "evaluate_fixed", "add_lora"): monkeypatch.setattr(training, name, no_work)
     arguments = {**dict(pipe=pipe_folder, reward=brightness, prompts=PROMPTS, cfg=small(), out=tmp_path / "run"), **case(tmp_path)}
