@@ -47,6 +47,7 @@ def storage_key(
     "Which bytes these are: a fake tensor's storage has no address to compare."
     return storage._cdata
 
+# %% ../nbs/00a_compat.ipynb #5c0de0b2
 def is_plain(
     layer:nn.Module,
 ) -> bool:  # nobody has put another forward on it, nor compiled it

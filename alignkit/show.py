@@ -30,7 +30,7 @@ def light(
     colors:int=96,  # kept: a plot needs few, pictures more
     lines:bool=False,  # of many methods or seeds: keep the rare colours of thin lines, where pictures need the frequent ones
 ):  # IPython image
-    "A figure as a PNG of few colours, a third of the bytes; the figure is closed."
+    "A figure as a PNG of few colours, about a quarter of the bytes; the figure is closed."
     import matplotlib.pyplot as plt
     from IPython.display import Image as Shown
     from PIL import Image
