@@ -11,20 +11,19 @@ seconds are of the second epoch, after one that warms up. Then the log-probs of 
 unchanged weights, in each precision: the ratio of DDPO starts at 1 exactly, or by how much it does not.
 """
 import argparse, json, sys, time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 import common
 
 BUDGETS = {"ddpo": (80, 24, 16, 12), "rwr": (24,), "alignprop": (80, 40, 24, 16)}  # GB of the card
-PICTURES = 8
+FEW = dict(num_epochs=2, samples_per_epoch=8, updates_per_epoch=1)
 
 def config(method):
     "A paper's preset, with epochs of a few pictures and one update."
     from alignkit import alignprop, ddpo, rwr
-    few = dict(num_epochs=2, samples_per_epoch=PICTURES, updates_per_epoch=1)
-    if method == "ddpo": return ddpo.preset("ddpo-pytorch", **few)
-    if method == "rwr": return rwr.preset("rwr-paper", **few)
-    return alignprop.preset("alignprop-paper", strategy="full", **few)
+    if method == "ddpo": return ddpo.preset("ddpo-pytorch", **FEW)
+    if method == "rwr": return rwr.preset("rwr-paper", **FEW)
+    return alignprop.preset("alignprop-paper", strategy="full", **FEW)
 
 def plans():
     from alignkit.memory import fit, plan
@@ -62,14 +61,12 @@ def build(folder):
 def trained(pipe, method, chosen):
     "One setting, in a process of its own."
     from alignkit import alignprop, ddpo, rwr
-    from alignkit.runs import environment
     cfg = replace(config(method), **chosen)
     reward = "jpeg_soft" if method == "alignprop" else "jpeg_compressibility"
     run = dict(ddpo=ddpo, rwr=rwr, alignprop=alignprop)[method].train(pipe, reward, "simple_animals", cfg)
     first, second = run.rows
     seconds = {k: round(second[k], 2) for k in ("sample_s", "reward_s", "train_s")}
-    return dict(measured_gb=second["peak_mem_bytes"] / 1e9, epoch_s=round(second["wall_s"] - first["wall_s"], 2), **seconds,
-                finite=bool(second["reward_mean"] == second["reward_mean"]), config=asdict(cfg), environment=environment())
+    return dict(measured_gb=second["peak_mem_bytes"] / 1e9, epoch_s=round(second["wall_s"] - first["wall_s"], 2), **seconds)
 
 def ratios(pipe, precision):
     "How far the ratio is from 1 before any update: log-probs of sampling against those of training micro-batches of other sizes."
@@ -78,33 +75,35 @@ def ratios(pipe, precision):
     from alignkit.logprob import step_log_prob
     from alignkit.mdp import get_sampler, policy, rollout, sample_noise
     from alignkit.pipelines import cast, open_model
-    dtype, B, S = dict(no=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)[precision], 4, 10
+    dtype, B, S = dict(no=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)[precision], 4, 6
     model = open_model(pipe, device="cuda")
     for part in (model.net, *model.frozen): cast(part, dtype)
     sampler, cond, empty = get_sampler(model, S, 1.), model.encode(["a cat", "a dog"] * (B // 2)), model.encode([None])
     noise = sample_noise(0, "rollout", 0, range(B), (S + 1, *model.latent_shape)).to("cuda", dtype)
+    by_step = [(torch.arange(B), torch.full((B,), i)) for i in range(S)]
+    row, at = torch.cartesian_prod(torch.arange(B), torch.arange(S)).T
+    ways = {"4, the same": by_step} | {name: list(zip(row.split(n), at.split(n))) for name, n in {"4, mixed": 4, "2": 2, "1": 1, "24": 24}.items()}
     found = {}
     with torch.no_grad():
         walk = rollout(policy(model, model.net, sampler, cond, empty, 5.), noise, step_log_prob)
-        for size in (B, 2, 8):
-            row, at = torch.cartesian_prod(torch.arange(B), torch.arange(S)).T
-            new = torch.cat([pair_log_prob(policy(model, model.net, sampler, cond[r], empty, 5.), walk, r, a)
-                             for r, a in zip(row.split(size), at.split(size))])
-            found[f"micro-batches of {size}"] = (new - walk.log_probs.flatten()).exp().sub(1).abs().max().item()
+        for name, batches in ways.items():
+            shift = [pair_log_prob(policy(model, model.net, sampler, cond[r], empty, 5.), walk, r, i) - walk.log_probs[r, i] for r, i in batches]
+            found[name] = torch.cat(shift).exp().sub(1).abs().max().item()
     return found
 
 def measured(a):
     import torch
     if not (a.pipe / "model_index.json").is_file(): build(a.pipe)
-    rows, result = [], dict(gpu=torch.cuda.get_device_name())
+    from alignkit.runs import environment
+    setting = dict(pipe="the architecture of Stable Diffusion 1.5 at 512 pixels", changes=FEW, alignprop_strategy="full")
+    rows, result = [], dict(setting=setting, **environment())
     for row in json.loads(a.run.read_text()):
         if "chosen" not in row: continue
         began = time.perf_counter()
         try: found = common.in_process(__file__, sys.executable, "train", str(a.pipe), row["method"], row["chosen"])
         except SystemExit as e: found = dict(failed=str(e)[-600:])
-        told = found.pop("environment", None)
-        rows.append({**row, **found, **(dict(environment=told) if told and not rows else {})})
-        print({k: v for k, v in rows[-1].items() if k not in ("config", "environment")}, f"{time.perf_counter() - began:.0f} s", flush=True)
+        rows.append({**row, **found})
+        print(rows[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
     away = {p: common.in_process(__file__, sys.executable, "ratio", str(a.pipe), p) for p in ("no", "bf16", "fp16")}
     return dict(result, runs=rows, largest_ratio_minus_1=away)
 
