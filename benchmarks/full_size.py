@@ -92,7 +92,6 @@ def ratios(pipe, precision):
     return found
 
 def measured(a):
-    import torch
     if not (a.pipe / "model_index.json").is_file(): build(a.pipe)
     from alignkit.runs import environment
     setting = dict(pipe="the architecture of Stable Diffusion 1.5 at 512 pixels", changes=FEW, alignprop_strategy="full")

@@ -45,6 +45,7 @@ def test_notebook_runs(notebook, tmp_path):
 @pytest.mark.parametrize("name", FLOATS)
 def test_notebook_runs_as_another_processor_rounds(name):
     "A check that passes on one processor's rounding only is no check of the code: these pages hold with the plainest kernels too."
-    code = f"import sys, test_notebooks as t\nsys.exit(not t.run(t.ROOT / 'nbs' / '{name}.ipynb'))"  # kernels are chosen when torch is imported
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env={**os.environ, **PLAIN}, capture_output=True, text=True, timeout=600)
+    code = f"import sys, test_notebooks as t\nsys.exit(not t.run(t.ROOT / 'nbs' / '{name}.ipynb'))"
+    there = dict(cwd=ROOT / "tests", env={**os.environ, **PLAIN})  # kernels are chosen when torch is imported
+    done = subprocess.run([sys.executable, "-c", code], **there, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
