@@ -89,7 +89,7 @@ def test_rwr(how):
 def test_pictures_wait_for_a_slow_reward():
     "While a reward is slower than the drawing, all pictures of an epoch are there; afterwards the first 16."
     cfg = DDPOConfig(num_epochs=1, samples_per_epoch=64, updates_per_epoch=1, num_inference_steps=2, timestep_fraction=0.5,
-                     sample_batch_size=8, micro_batch_size=1)
+                     sample_batch_size=8, micro_batch_size=4)
     compare(ddpo.train, cfg, slow)
     phases = plan("tiny", cfg).phases.drop(LOADED)
     picture, data = 3 * 64 * 64 * 4, phases.loc["latents, noise, pictures"]
