@@ -16,7 +16,7 @@ TASKS = [("jpeg_compressibility", "ddpo_is", 2), ("jpeg_compressibility", "rwr_s
 
 @pytest.mark.parametrize("reward, method, epochs", TASKS)
 def test_the_first_epochs_are_the_recorded_ones(reward, method, epochs):
-    "Two epochs, so that the update of the first is seen in the second; in the one epoch of RWR are 20 updates, each seen in the next one's gradient."
+    "Two epochs, so that the update of the first is seen in the second; RWR makes 20 updates in one, each seen in the next gradient."
     run, = [r for r in recorded(reward) if r.folder.path.name == f"{method}_seed3"]
     then = run.history[:epochs]
     prompts, cfg = task_config(reward, method, seed=3, num_epochs=epochs, eval_every=0, eval_rewards=(), fast="onednn")  # as all was computed then
