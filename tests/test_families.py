@@ -69,9 +69,9 @@ def test_a_method_trains_it(sdxl_folder, tmp_path, method):
     assert_close(draw(plain, PROMPTS, **how), ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision, tolerance", [("no", 1e-6), ("bf16", 0.)])
+@pytest.mark.parametrize("precision, tolerance", [("no", 5e-6), ("bf16", 0.)])
 def test_the_ratio_starts_at_one(sdxl_folder, monkeypatch, precision, tolerance):
-    "Until the first optimiser step every ratio is 1."
+    "Until the first optimiser step every ratio is 1; in float32 but for the rounding of other batches, a few eps of the mean over sigma."
     ratios, loss = [], ddpo.ddpo_is_loss
     def recording(*args):
         result = loss(*args)

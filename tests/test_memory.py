@@ -34,8 +34,10 @@ def compare(train, cfg, reward=red):
     measured = measured_peak(lambda: train(pipe, reward, "simple_animals", cfg))
     error = predicted.max() / measured - 1
     print(f"\n{predicted.max() / 1e6:.1f} MB planned ({predicted.idxmax()}), {measured / 1e6:.1f} MB measured, {100 * error:+.1f} %")
-    # a processor without bf16 arithmetic also keeps float32 copies of what it multiplies in bf16: 7 and 10 %, which no plan counts
-    assert abs(error) < (0.1 if cfg.mixed_precision == "no" else 0.15)
+    # what no plan counts: a processor without bf16 arithmetic keeps float32 copies of what it multiplies in bf16 (7 and 10 %), and one
+    # without AVX unfolds a picture into 3 x 3 neighbours before it convolves it (the decoder's 32 channels of 64 x 64)
+    unfolded = 0 if "AVX" in torch.backends.cpu.get_cpu_capability() else 4 * 9 * 32 * 64 * 64
+    assert abs(predicted.max() - measured) < (0.1 if cfg.mixed_precision == "no" else 0.15) * measured + unfolded
 
 
 def slow(images, prompts):
