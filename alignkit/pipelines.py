@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIPELINES', 'FAMILIES', 'ATTENTION', 'WEIGHTS', 'data_dir', 'quiet', 'cast', 'lookup', 'modules_of', 'family', 'load',
            'encode', 'decode', 'Cond', 'Model', 'latent_shape', 'ddim_scheduler', 'open_sd', 'open_model', 'guided',
-           'add_lora', 'adapter_off', 'part_name', 'adapter_name', 'lora_layers', 'lora_state', 'adapted_encoders',
-           'save_lora', 'read_lora', 'load_lora']
+           'add_lora', 'adapter_off', 'part_name', 'adapter_name', 'lora_layers', 'lora_state', 'bare', 'check_names',
+           'adapted_encoders', 'save_lora', 'read_lora', 'load_lora', 'plain_weights', 'save_pipeline']
 
 # %% ../nbs/01_pipelines.ipynb #353297a0
 from contextlib import contextmanager
@@ -326,6 +326,30 @@ def lora_state(
     state = get_peft_model_state_dict(uncompiled(net), adapter_name=adapter_name(net))
     return {plain_name(k): v.detach().cpu().clone().contiguous() for k, v in state.items()}
 
+# %% ../nbs/01_pipelines.ipynb #b7475373
+def bare(
+    net,  # network of diffusers or transformers
+) -> nn.Module:  # its shapes without numbers, on torch's `meta` device
+    "A plain network of the same class and settings."
+    plain = uncompiled(net)
+    kind = type(plain)
+    with torch.device("meta"): return kind.from_config(plain.config) if hasattr(kind, "from_config") else kind(plain.config)
+
+def check_names(
+    net,  # network of diffusers or transformers
+    names,  # of weights or layers, as they would be written
+    whole:bool=False,  # also refuse if weights that the class has are not among them
+):
+    "Refuse to write names that the plain class does not have: whoever loads the file would leave these weights out, most often without a word."
+    if not hasattr(uncompiled(net), "config"): return  # no class that could be built again
+    names, plain = set(names), set(bare(net).state_dict())
+    layers = {name.rsplit(".", depth)[0] for name in plain for depth in range(1, name.count(".") + 1)}
+    odd = sorted(names - plain - layers) or sorted(plain - names if whole else ())
+    if not odd: return
+    kind = type(uncompiled(net)).__name__
+    raise ValueError(f"net: its names and those of a plain {kind} differ in {len(odd)}, first {odd[0]!r}; "
+                     "diffusers would not read them, so take off what was put around or fused into its layers")
+
 # %% ../nbs/01_pipelines.ipynb #b7475371
 def _scale(name, rank, settings, alphas={}):
     "alpha / rank of one layer: its own alpha, else that of a pattern, else the adapter's, else the rank."
@@ -335,7 +359,7 @@ def _scale(name, rank, settings, alphas={}):
     return alphas.get(name, of_pattern) / rank ** (0.5 if settings.get("use_rslora") else 1)
 
 def _settings(net):
-    "Rank, alpha and patterns of an adapter, for its file. A layer whose scale was set otherwise (`pipe.set_adapters(name, 0.5)`) gets its own alpha."
+    "Rank, alpha and patterns of an adapter, for its file. A layer whose scale was changed (`pipe.set_adapters(name, 0.5)`) has its own."
     name = adapter_name(net)
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in net.peft_config[name].to_dict().items()}
     def own(layer): return layer.scaling[name] * layer.r[name] ** (0.5 if settings.get("use_rslora") else 1)
@@ -363,6 +387,7 @@ def save_lora(
     if Path(folder).is_file(): raise NotADirectoryError(f"folder: {folder} is a file")
     plain = StableDiffusionPipeline if part_name(net) == "unet" else StableDiffusion3Pipeline  # SDXL's and FLUX's files are written in the same way
     parts = {part_name(net): net} | (adapted_encoders(pipe) if pipe is not None else {})
+    for part in parts.values(): check_names(part, lora_layers(part, adapter_name(part)))
     written = {f"{name}_lora_layers": lora_state(part) for name, part in parts.items()}
     # without the metadata a loader assumes alpha = r, and the picture changes
     written |= {f"{name}_lora_adapter_metadata": _settings(part) for name, part in parts.items()}
@@ -428,3 +453,45 @@ def load_lora(
         with torch.no_grad():
             layer.lora_A[name].weight.copy_(A)
             layer.lora_B[name].weight.copy_(B)
+
+# %% ../nbs/01_pipelines.ipynb #b7475375
+def _fused(layer):
+    "The plain layer inside one of peft's, with what the active adapters add; rounded once, in its own precision."
+    there = [a for a in layer.active_adapters if any(a in getattr(layer, f) for f in layer.adapter_layer_names)]
+    wanted = [] if layer.disable_adapters else [a for a in there if a not in layer.merged_adapters]
+    if not wanted and not (layer.merged and layer.disable_adapters): return layer.get_base_layer()
+    dtype, layer = layer.get_base_layer().weight.dtype, copy.deepcopy(layer)
+    if dtype in (torch.float16, torch.bfloat16): layer.float()
+    layer.merge(adapter_names=wanted) if wanted else layer.unmerge()
+    return layer.get_base_layer().to(dtype)
+
+@torch.no_grad()
+def plain_weights(
+    net,  # network of diffusers or transformers: with or without adapters, compiled or not
+) -> dict[str, Tensor]:  # the network's own tensors, but for the layers that an adapter changes
+    "All weights under the names of the plain class, adapters added in; refuses a network that has other names."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    net = uncompiled(net)
+    state, tuned = net.state_dict(), [(n, m) for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in tuned:
+        for k in layer.state_dict(): del state[f"{name}.{k}"]
+        state |= {f"{name}.{k}": w for k, w in _fused(layer).state_dict().items()}
+    state = {plain_name(k): w.detach() for k, w in state.items()}
+    check_names(net, state, whole=True)
+    return state
+
+def save_pipeline(
+    pipe,  # diffusers pipeline, which stays as it is
+    folder:str|Path,  # gets what `from_pretrained` loads
+):
+    "Save a pipeline with its adapters added to the weights."
+    if Path(folder).is_file(): raise NotADirectoryError(f"folder: {folder} is a file")
+    plain, parts = copy.copy(pipe), {}
+    for name, part in pipe.components.items():
+        if not isinstance(part, nn.Module) or not hasattr(uncompiled(part), "config"): continue
+        weights = plain_weights(part)
+        if weights.keys() == part.state_dict().keys(): continue  # plain as it stands
+        parts[name] = bare(part).eval()
+        parts[name].load_state_dict(weights, assign=True)
+    plain.register_modules(**parts)
+    with quiet(): plain.save_pretrained(folder)
