@@ -347,25 +347,30 @@ def check_names(
     odd = sorted(names - plain - layers) or sorted(plain - names if whole else ())
     if not odd: return
     kind = type(uncompiled(net)).__name__
-    raise ValueError(f"net: its names and those of a plain {kind} differ in {len(odd)}, first {odd[0]!r}; "
-                     "diffusers would not read them, so take off what was put around or fused into its layers")
+    raise ValueError(f"net: its names and those of a plain {kind} differ in {len(odd)}, first {odd[0]!r}; diffusers would not "
+                     "read them, so take off what was put around its layers or fused into them")
 
 # %% ../nbs/01_pipelines.ipynb #b7475371
-def _scale(name, rank, settings, alphas={}):
+def _scale(name, rank, settings, alphas):
     "alpha / rank of one layer: its own alpha, else that of a pattern, else the adapter's, else the rank."
     from peft.utils.other import get_pattern_key
     patterns = settings.get("alpha_pattern") or {}
     of_pattern = patterns.get(get_pattern_key(patterns, name), settings.get("lora_alpha", rank))
     return alphas.get(name, of_pattern) / rank ** (0.5 if settings.get("use_rslora") else 1)
 
+def _alpha(layer, name, rslora):
+    "The alpha by which a layer acts now: `pipe.set_adapters(name, 0.5)` changes its scale only."
+    rank = layer.r[name] ** (0.5 if rslora else 1)
+    return layer.lora_alpha[name] if math.isclose(layer.scaling[name], layer.lora_alpha[name] / rank) else layer.scaling[name] * rank
+
 def _settings(net):
-    "Rank, alpha and patterns of an adapter, for its file. A layer whose scale was changed (`pipe.set_adapters(name, 0.5)`) has its own."
+    "Rank and alpha of an adapter, for its file; a layer that differs is named, since a file loses the order of patterns that overlap."
     name = adapter_name(net)
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in net.peft_config[name].to_dict().items()}
-    def own(layer): return layer.scaling[name] * layer.r[name] ** (0.5 if settings.get("use_rslora") else 1)
-    layers = lora_layers(net, name).items()
-    odd = {f"^{n}": own(layer) for n, layer in layers if not math.isclose(layer.scaling[name], _scale(n, layer.r[name], settings))}
-    return settings | dict(alpha_pattern={**odd, **(settings.get("alpha_pattern") or {})})  # the first that matches counts
+    layers, rslora = lora_layers(net, name).items(), settings.get("use_rslora")
+    def others(of, usual): return {f"^{n}": of(layer) for n, layer in layers if of(layer) != usual}
+    ranks = others(lambda layer: layer.r[name], settings["r"])
+    return settings | dict(rank_pattern=ranks, alpha_pattern=others(lambda layer: _alpha(layer, name, rslora), settings["lora_alpha"]))
 
 # %% ../nbs/01_pipelines.ipynb #b7475372
 def adapted_encoders(
