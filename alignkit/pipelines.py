@@ -347,8 +347,8 @@ def check_names(
     odd = sorted(names - plain - layers) or sorted(plain - names if whole else ())
     if not odd: return
     kind = type(uncompiled(net)).__name__
-    raise ValueError(f"net: its names and those of a plain {kind} differ in {len(odd)}, first {odd[0]!r}; diffusers would not "
-                     "read them, so take off what was put around its layers or fused into them")
+    raise ValueError(f"net: its names and those of a plain {kind} differ in {len(odd)}, first {odd[0]!r}; "
+                     "diffusers would not read what is written, so take off what was put around its layers or fused into them")
 
 # %% ../nbs/01_pipelines.ipynb #b7475371
 def _scale(name, rank, settings, alphas):

@@ -230,7 +230,8 @@ def test_several_adapters(pipe_folder, adapter_folder, tmp_path):
     for n, p in pipe.unet.named_parameters():
         if "second" in n: p.data *= 0.5
     pipe.set_adapters(["first", "second"], [0.5, 2.])
-    with pytest.raises(ValueError, match=r"net: a file holds one adapter.*first, second\) 2 are active"): save_lora(pipe.unet, tmp_path / "both")
+    several = r"net: a file holds one adapter.*first, second\) 2 are active"
+    with pytest.raises(ValueError, match=several): save_lora(pipe.unet, tmp_path / "both")
     assert not (tmp_path / "both").exists()
     save_pipeline(pipe, tmp_path / "sum")
     assert np.abs(picture(opened(tmp_path / "sum")) - picture(pipe)).max() < 1e-5
