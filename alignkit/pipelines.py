@@ -340,7 +340,7 @@ def check_names(
     names,  # of weights or layers, as they would be written
     whole:bool=False,  # also refuse if weights that the class has are not among them
 ):
-    "Refuse to write names that the plain class does not have: whoever loads the file would leave these weights out, most often without a word."
+    "Refuse to write names that the plain class does not have: whoever loads the file would leave these weights out, without a word."
     if not hasattr(uncompiled(net), "config"): return  # no class that could be built again
     names, plain = set(names), set(bare(net).state_dict())
     layers = {name.rsplit(".", depth)[0] for name in plain for depth in range(1, name.count(".") + 1)}
