@@ -92,7 +92,7 @@ def test_a_saved_adapter_is_read_whole(request, tmp_path, model, kind):
 
 
 def test_files_of_earlier_versions_are_read(pipe_folder, tmp_path):
-    "Before 0.3 attention had diffusers' old names in a file, and everything else peft's."
+    "There attention had diffusers' old names in a file, and everything else peft's."
     pipe = opened(pipe_folder)
     add_lora(pipe.unet, 4, lora_alpha=6., target_modules=TARGETS["projections"])
     older = convert_state_dict_to_diffusers(get_peft_model_state_dict(filled(pipe.unet)))
