@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['PIPELINES', 'FAMILIES', 'ATTENTION', 'WEIGHTS', 'data_dir', 'quiet', 'cast', 'lookup', 'modules_of', 'family', 'load',
            'encode', 'decode', 'Cond', 'Model', 'latent_shape', 'ddim_scheduler', 'open_sd', 'open_model', 'guided',
-           'add_lora', 'adapter_off', 'part_name', 'lora_state', 'save_lora', 'read_lora', 'load_lora']
+           'add_lora', 'adapter_off', 'part_name', 'adapter_name', 'lora_layers', 'lora_state', 'bare', 'check_names',
+           'adapted_encoders', 'save_lora', 'read_lora', 'load_lora', 'plain_weights', 'save_pipeline']
 
 # %% ../nbs/01_pipelines.ipynb #353297a0
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
-import json
+import copy, json, math
 import torch
 from torch import Tensor, nn
-from .compat import lora_metadata
+from .compat import plain_name, uncompiled
 
 # %% ../nbs/01_pipelines.ipynb #39cb99f3
 PIPELINES = {"tiny": "tiny-sd"}  # names that `load` knows besides folders and hub ids, and their folders in the kit's data
@@ -294,43 +296,125 @@ def part_name(
     net,  # UNet or transformer of diffusers
 ) -> str:  # 'unet' or 'transformer'
     "Its name in the pipeline, and in the files that diffusers writes."
-    return "unet" if "UNet" in type(net).__name__ else "transformer"
+    return "unet" if "UNet" in type(uncompiled(net)).__name__ else "transformer"
+
+def adapter_name(
+    net,  # with an adapter
+) -> str:  # 'default' if it is from `add_lora`; others have other names, diffusers' loader gives 'default_0'
+    "The name of the adapter that a network has; of several, the active one."
+    names = list(getattr(net, "peft_config", None) or {})
+    if not names: raise ValueError(f"net: this {type(uncompiled(net)).__name__} has no adapter; `add_lora` gives it one")
+    active = names if len(names) == 1 else [name for name in net.active_adapters() if name in names]
+    if len(active) == 1: return active[0]
+    raise ValueError(f"net: a file holds one adapter, and of this network's ({', '.join(names)}) {len(active)} are active; "
+                     "choose one: pipe.set_adapters(name); or keep their sum: `save_pipeline`")
+
+def lora_layers(
+    net,  # with an adapter
+    name:str,  # of the adapter
+) -> dict[str, nn.Module]:  # layer by its name in the plain network -> peft's layer
+    "The layers that an adapter changes."
+    from peft.tuners.lora import LoraLayer
+    changed = ((n, m) for n, m in uncompiled(net).named_modules() if isinstance(m, LoraLayer) and name in m.lora_A)
+    return {plain_name(n): m for n, m in changed}
 
 def lora_state(
     net,  # with an adapter
-) -> dict[str, Tensor]:  # diffusers' names, on the CPU
+) -> dict[str, Tensor]:  # peft's names, on the CPU
     "The adapter's weights, detached copies."
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(net))
-    return {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+    state = get_peft_model_state_dict(uncompiled(net), adapter_name=adapter_name(net))
+    return {plain_name(k): v.detach().cpu().clone().contiguous() for k, v in state.items()}
+
+# %% ../nbs/01_pipelines.ipynb #b7475373
+def bare(
+    net,  # network of diffusers or transformers
+) -> nn.Module:  # its shapes without numbers, on torch's `meta` device
+    "A plain network of the same class and settings."
+    plain = uncompiled(net)
+    kind = type(plain)
+    with torch.device("meta"): return kind.from_config(plain.config) if hasattr(kind, "from_config") else kind(plain.config)
+
+def check_names(
+    net,  # network of diffusers or transformers
+    names,  # of weights or layers, as they would be written
+    whole:bool=False,  # also refuse if weights that the class has are not among them
+):
+    "Refuse to write names that the plain class does not have: whoever loads the file would leave these weights out, without a word."
+    if not hasattr(uncompiled(net), "config"): return  # no class that could be built again
+    names, plain = set(names), set(bare(net).state_dict())
+    layers = {name.rsplit(".", depth)[0] for name in plain for depth in range(1, name.count(".") + 1)}
+    odd = sorted(names - plain - layers) or sorted(plain - names if whole else ())
+    if not odd: return
+    kind = type(uncompiled(net)).__name__
+    raise ValueError(f"net: its names and those of a plain {kind} differ in {len(odd)}, first {odd[0]!r}; "
+                     "diffusers would not read what is written, so take off what was put around its layers or fused into them")
+
+# %% ../nbs/01_pipelines.ipynb #b7475371
+def _scale(name, rank, settings, alphas):
+    "alpha / rank of one layer: its own alpha, else that of a pattern, else the adapter's, else the rank."
+    from peft.utils.other import get_pattern_key
+    patterns = settings.get("alpha_pattern") or {}
+    of_pattern = patterns.get(get_pattern_key(patterns, name), settings.get("lora_alpha", rank))
+    return alphas.get(name, of_pattern) / rank ** (0.5 if settings.get("use_rslora") else 1)
+
+def _alpha(layer, name, rslora):
+    "The alpha by which a layer acts now: `pipe.set_adapters(name, 0.5)` changes its scale only."
+    rank = layer.r[name] ** (0.5 if rslora else 1)
+    return layer.lora_alpha[name] if math.isclose(layer.scaling[name], layer.lora_alpha[name] / rank) else layer.scaling[name] * rank
+
+def _settings(net):
+    "Rank and alpha of an adapter, for its file; a layer that differs is named, since a file loses the order of patterns that overlap."
+    name = adapter_name(net)
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in net.peft_config[name].to_dict().items()}
+    layers, rslora = lora_layers(net, name).items(), settings.get("use_rslora")
+    def others(of, usual): return {f"^{n}": of(layer) for n, layer in layers if of(layer) != usual}
+    ranks = others(lambda layer: layer.r[name], settings["r"])
+    return settings | dict(rank_pattern=ranks, alpha_pattern=others(lambda layer: _alpha(layer, name, rslora), settings["lora_alpha"]))
+
+# %% ../nbs/01_pipelines.ipynb #b7475372
+def adapted_encoders(
+    pipe,  # diffusers pipeline
+) -> dict[str, nn.Module]:  # name in the pipeline -> text encoder
+    "The text encoders with an adapter that is on: it takes part in every picture, and in training it stays as it is."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    def on(part): return any(isinstance(m, BaseTunerLayer) and m.active_adapters and not m.disable_adapters for m in part.modules())
+    parts = {n: p for n, p in pipe.components.items() if n.startswith("text_encoder") and getattr(p, "peft_config", None)}
+    return {n: p for n, p in parts.items() if on(p)}
 
 def save_lora(
     net,  # with an adapter
     folder:str|Path,  # gets pytorch_lora_weights.safetensors
+    pipe=None,  # the pipeline of the network: adapters that its text encoders have are written too; None: the network's only
 ):
     "Save the adapter so that the diffusers pipeline's `load_lora_weights(folder)` reads it, alpha included."
     from diffusers import StableDiffusionPipeline, StableDiffusion3Pipeline
-    kind = StableDiffusionPipeline if part_name(net) == "unet" else StableDiffusion3Pipeline  # SDXL's and FLUX's files are written in the same way
+    if Path(folder).is_file(): raise NotADirectoryError(f"folder: {folder} is a file")
+    plain = StableDiffusionPipeline if part_name(net) == "unet" else StableDiffusion3Pipeline  # SDXL's and FLUX's files are written in the same way
+    parts = {part_name(net): net} | (adapted_encoders(pipe) if pipe is not None else {})
+    for part in parts.values(): check_names(part, lora_layers(part, adapter_name(part)))
+    written = {f"{name}_lora_layers": lora_state(part) for name, part in parts.items()}
     # without the metadata a loader assumes alpha = r, and the picture changes
-    kind.save_lora_weights(folder, **{f"{part_name(net)}_lora_layers": lora_state(net)}, **lora_metadata(net, part_name(net)))
+    written |= {f"{name}_lora_adapter_metadata": _settings(part) for name, part in parts.items()}
+    (plain if pipe is None else type(pipe)).save_lora_weights(folder, **written)
 
 # %% ../nbs/01_pipelines.ipynb #7cf65437
-def _scale(name, rank, settings, alphas):
-    "alpha / rank of one layer: its own alpha, else that of a pattern, else the adapter's, else the rank."
-    patterns = (settings.get("alpha_pattern") or {}).items()
-    of_pattern = (a for pattern, a in patterns if name == pattern or name.endswith("." + pattern))
-    return alphas.get(name, next(of_pattern, settings.get("lora_alpha", rank))) / rank ** (0.5 if settings.get("use_rslora") else 1)
+def _settings_of_peft(path):
+    "The adapter_config.json of a folder that peft wrote, or of a file in one; None for a file of another kind."
+    folder = path.parent if path.name == "adapter_model.safetensors" else path
+    file = folder / "adapter_config.json"
+    return json.loads(file.read_text()) if file.is_file() else None
 
 def _files(path):
     "State, alphas by layer and settings of a LoRA in diffusers', kohya's or peft's format; names as in the network."
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
-    if (path / "adapter_config.json").is_file():
+    if settings := _settings_of_peft(path):
         from safetensors.torch import load_file
-        state, settings = load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
+        state = load_file(path / "adapter_model.safetensors" if path.is_dir() else path)
         return {k.removeprefix("base_model.model."): v for k, v in state.items()}, {}, settings
-    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True)
+    xl = SimpleNamespace(layers_per_block=2)  # kohya counts SDXL's blocks through, as its authors did; diffusers needs to know how many a group has
+    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True, unet_config=xl)
     if other := sorted({k.split(".")[0] for k in state} - {"unet", "transformer"}):
         raise ValueError(f"the adapter in {path} also changes {', '.join(other)}, and only the denoising network's part can be used")
     def inside(entries): return {k.split(".", 1)[1]: v for k, v in (entries or {}).items()}  # without the part's name
@@ -359,10 +443,8 @@ def load_lora(
     path:str|Path,  # as for `read_lora`
 ):
     "Put saved weights into the adapter that is there; refuses one of another shape or scale."
-    from peft.tuners.lora import LoraLayer
-    saved = read_lora(path)
-    name = next(iter(net.peft_config))
-    there = {n: m for n, m in net.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
+    saved, name = read_lora(path), adapter_name(net)
+    there = lora_layers(net, name)
     def shapes(n): return there[n].lora_A[name].weight.shape, there[n].lora_B[name].weight.shape
     def fits(n): return n in saved and n in there and shapes(n) == (saved[n][0].shape, saved[n][1].shape)
     odd = sorted(n for n in there.keys() | saved.keys() if not fits(n))
@@ -370,9 +452,51 @@ def load_lora(
         raise ValueError(f"the adapter in {path} does not fit the one of this network: they differ in {len(odd)} layers, first {odd[0]}")
     for n, (A, B, scale) in saved.items():
         layer, r = there[n], len(A)
-        if scale != layer.scaling[name]:
+        if not math.isclose(scale, layer.scaling[name]):
             raise ValueError(f"the adapter in {path} has lora_alpha={scale * r:g}, the one of this network {layer.scaling[name] * r:g}: "
                              "the update would be scaled by another factor")
         with torch.no_grad():
             layer.lora_A[name].weight.copy_(A)
             layer.lora_B[name].weight.copy_(B)
+
+# %% ../nbs/01_pipelines.ipynb #b7475375
+def _fused(layer):
+    "The plain layer inside one of peft's, with what the active adapters add; rounded once, in its own precision."
+    there = [a for a in layer.active_adapters if any(a in getattr(layer, f) for f in layer.adapter_layer_names)]
+    wanted = [] if layer.disable_adapters else [a for a in there if a not in layer.merged_adapters]
+    if not wanted and not (layer.merged and layer.disable_adapters): return layer.get_base_layer()
+    dtype, layer = layer.get_base_layer().weight.dtype, copy.deepcopy(layer)
+    if dtype in (torch.float16, torch.bfloat16): layer.float()
+    layer.merge(adapter_names=wanted) if wanted else layer.unmerge()
+    return layer.get_base_layer().to(dtype)
+
+@torch.no_grad()
+def plain_weights(
+    net,  # network of diffusers or transformers: with or without adapters, compiled or not
+) -> dict[str, Tensor]:  # the network's own tensors, but for the layers that an adapter changes
+    "All weights under the names of the plain class, adapters added in; refuses a network that has other names."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    net = uncompiled(net)
+    state, tuned = net.state_dict(), [(n, m) for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in tuned:
+        for k in layer.state_dict(): del state[f"{name}.{k}"]
+        state |= {f"{name}.{k}": w for k, w in _fused(layer).state_dict().items()}
+    state = {plain_name(k): w.detach() for k, w in state.items()}
+    check_names(net, state, whole=True)
+    return state
+
+def save_pipeline(
+    pipe,  # diffusers pipeline, which stays as it is
+    folder:str|Path,  # gets what `from_pretrained` loads
+):
+    "Save a pipeline with its adapters added to the weights."
+    if Path(folder).is_file(): raise NotADirectoryError(f"folder: {folder} is a file")
+    plain, parts = copy.copy(pipe), {}
+    for name, part in pipe.components.items():
+        if not isinstance(part, nn.Module) or not hasattr(uncompiled(part), "config"): continue
+        weights = plain_weights(part)
+        if weights.keys() == part.state_dict().keys(): continue  # plain as it stands
+        parts[name] = bare(part).eval()
+        parts[name].load_state_dict(weights, assign=True)
+    plain.register_modules(**parts)
+    with quiet(): plain.save_pretrained(folder)

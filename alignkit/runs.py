@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 import alignkit
-from .pipelines import data_dir, save_lora
+from .pipelines import data_dir, save_lora, save_pipeline
 from .rewards import to_uint8, with_unit
 
 # %% ../nbs/06_runs.ipynb #d487f40c
@@ -276,8 +276,8 @@ def watch(
 # %% ../nbs/06_runs.ipynb #de87f20e
 @dataclass
 class Run:
-    "What `train` returns: history, pipeline and folder of one run."
-    pipe:object  # diffusers pipeline with the adapter on; None for a run that is read from its folder
+    "What `train` returns: history, pipeline and folder of one run. `save_lora` or `save_pipeline` writes what was trained."
+    pipe:object  # diffusers pipeline with the adapter on (its own save_pretrained writes peft's names, which nothing loads); None: read from a folder
     config:dict  # method, reward, prompts and every setting
     folder:RunFolder|None = None  # None: nothing was written
     rows:list = field(default_factory=list)  # history so far
@@ -296,14 +296,17 @@ class Run:
         c = self.config
         return watch(self.eval_base, self.rows, c.get("early_stop", ""), c.get("early_stop_drop") or 0., c.get("early_stop_patience", 1))[1]
 
-    def save_lora(self,
-        folder:str|Path,
-    ):
-        "The diffusers pipeline's `load_lora_weights(folder)` reads it."
+    def save_lora(self, folder:str|Path):
+        "The diffusers pipeline's `load_lora_weights(folder)` reads it; adapters that its text encoders came with are written too."
         if self.net is None: raise ValueError("save_lora: this run was read from its folder and has no pipeline; its adapter is in lora/")
         if not getattr(self.net, "peft_config", None):
-            raise ValueError("save_lora: this run trained all weights; use run.pipe.save_pretrained(folder)")
-        save_lora(self.net, folder)
+            raise ValueError("save_lora: this run trained all weights; use run.save_pipeline(folder)")
+        save_lora(self.net, folder, self.pipe)
+
+    def save_pipeline(self, folder:str|Path):
+        "A plain pipeline, adapters added to the weights: `DiffusionPipeline.from_pretrained(folder)` loads it. `run.pipe` stays as it is."
+        if self.pipe is None: raise ValueError("save_pipeline: this run was read from its folder, which has the weights, and no pipeline")
+        save_pipeline(self.pipe, folder)
 
     def plot(self,
         x:str="wall_s",  # or 'queries', 'epoch'

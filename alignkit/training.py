@@ -19,11 +19,12 @@ import hashlib, json, math, os, sys, time, warnings
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .compat import forget_accelerator, unwrap_forward
+from .compat import forget_accelerator, plain_name, uncompiled, unwrap_forward
 from .fast import LIBRARIES, fast, products
 from .judges import drift, evaluate_fixed, repeated
 from .mdp import Drawing, get_sampler, policy, rollout, sample_noise
-from .pipelines import ATTENTION, Cond, Model, add_lora, cast, load, load_lora, modules_of, open_model, part_name, save_lora
+from .pipelines import ATTENTION, Cond, Model, adapted_encoders, add_lora, cast, check_names, load, load_lora
+from .pipelines import modules_of, open_model, part_name, plain_weights, save_lora
 from .prompts import get_prompts
 from .rewards import RewardError, get_reward, with_gradient
 from .scorer import Scorer
@@ -431,12 +432,13 @@ def save_weights(
     job:Job,
     where:Path,  # a folder, which gets the file
 ):
-    "What is trained: the adapter as diffusers reads it, or all weights under their own names."
+    "What is trained: the adapter as diffusers reads it, or all weights under the names of the plain class."
     net = job.model.net
     if job.cfg.trainable == "lora": return save_lora(net, where)
     from safetensors.torch import save_file
+    weights = plain_weights(net)
     net.save_config(where)
-    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, where / "diffusion_pytorch_model.safetensors")
+    save_file({k: v.cpu().contiguous() for k, v in weights.items()}, where / "diffusion_pytorch_model.safetensors")
 
 def save(
     job:Job,
@@ -454,7 +456,9 @@ def save(
 def _read_all_weights(net, where):
     from safetensors.torch import load_file
     old = where / "unet.safetensors"  # before 0.2
-    net.load_state_dict(load_file(old if old.is_file() else where / "diffusion_pytorch_model.safetensors"))
+    saved, net = load_file(old if old.is_file() else where / "diffusion_pytorch_model.safetensors"), uncompiled(net)
+    own = {plain_name(k): k for k in net.state_dict()}
+    net.load_state_dict({own.get(k, k): w for k, w in saved.items()})
 
 def restore(
     job:Job,
@@ -534,8 +538,11 @@ def _refuse_network(cfg, net):
     if cfg.trainable == "full" and adapted:
         raise ValueError("pipe: it has an adapter, and trainable='full' trains plain weights; "
                          "merge it (pipe.fuse_lora(), then pipe.unload_lora_weights())")
-    found = any(name == t or name.endswith(f".{t}") for name, _ in net.named_modules() for t in cfg.lora_targets)
-    cfg.need(found or cfg.trainable == "full", "lora_targets", "names of layers, and no layer of this network has one of these")
+    if cfg.trainable == "full": return check_names(net, map(plain_name, net.state_dict()), whole=True)
+    layers = {plain_name(name) for name, _ in uncompiled(net).named_modules()}
+    found = [name for name in layers if any(name == t or name.endswith(f".{t}") for t in cfg.lora_targets)]
+    cfg.need(found, "lora_targets", "names of layers, and no layer of this network has one of these")
+    check_names(net, found)  # before any work, so that nothing is trained that could not be saved
 
 def check_density(
     model:Model,
@@ -609,6 +616,9 @@ def _trained(model, cfg, dtype):
     "The parameters to train, with everything else frozen and in the run's precision."
     for part in modules_of(model.pipe): part.requires_grad_(False).eval()
     for part in model.frozen: cast(part, dtype)
+    if encoders := adapted_encoders(model.pipe):
+        warnings.warn(f"pipe: the adapter of {', '.join(encoders)} takes part and is not trained; the run's folder gets what is trained, "
+                      "run.save_lora(folder) and run.save_pipeline(folder) write both")
     if cfg.trainable == "full":
         return list(cast(model.net, torch.float32).requires_grad_(True).parameters())  # half-precision weights would round most updates away
     if getattr(model.net, "peft_config", None):

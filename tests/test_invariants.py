@@ -377,7 +377,7 @@ def test_full_fine_tuning_runs_and_resumes(pipe_folder, tmp_path):
     from diffusers import UNet2DConditionModel
     saved = UNet2DConditionModel.from_pretrained(tmp_path / "a" / "unet")
     assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), run.pipe.unet.parameters()))
-    with pytest.raises(ValueError, match="save_pretrained"): run.save_lora(tmp_path / "no")
+    with pytest.raises(ValueError, match="save_pipeline"): run.save_lora(tmp_path / "no")
 
 
 def killed_while_full(pipe_folder, out, full):
