@@ -247,9 +247,9 @@ def refuse_if_in_use(
 # %% ../nbs/06_runs.ipynb #1e83d5c4
 def _take(file, mine):
     "Write the lock; that of a dead process is taken over."
-    refuse_if_in_use(file)
     with _naming_out(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
+        refuse_if_in_use(file)
         file.unlink(missing_ok=True)
         try: opened = open(file, "x")
         except FileExistsError: return _take(file, mine)  # another process was faster
