@@ -9,7 +9,7 @@ from alignkit import alignprop, ddpo, rwr
 from alignkit.pipelines import load
 from alignkit.rewards import Reward, get_reward
 from alignkit.runs import RunFolder, holder
-from conftest import PROMPTS, assert_same_run, bits, brightness, go, history, in_child, small, weights
+from conftest import PROMPTS, assert_same_run, bits, brightness, go, history, in_child, weights
 
 FEW = dict(samples_per_epoch=4, updates_per_epoch=1, num_inference_steps=3, eval_every=0, fast="onednn")
 METHODS = {"rwr": (rwr.train, rwr.RWRConfig, "jpeg_compressibility"), "ddpo": (ddpo.train, ddpo.DDPOConfig, "jpeg_compressibility"),
@@ -151,7 +151,8 @@ def test_what_has_no_name_must_be_given_again(pipe_folder, begun, tmp_path):
     one = ddpo.DDPOConfig(num_epochs=1, **FEW)
     ddpo.train(pipe_folder, prompts=drawn, cfg=one, out=tmp_path / "called")
     with pytest.raises(ValueError, match="^prompts: .*'drawn'.* give them again"): ddpo.train(resume=tmp_path / "called")
-    with pytest.raises(ValueError, match="other settings than a RWRConfig: method: 'rwr', got 'ddpo_is'"): rwr.train(resume=tmp_path / "called")
+    words = "other settings than a RWRConfig: method: 'rwr', got 'ddpo_is'"
+    with pytest.raises(ValueError, match=words): rwr.train(resume=tmp_path / "called")
 
 
 def test_defaults_are_defaults_where_nothing_goes_on(tmp_path, monkeypatch):
@@ -163,14 +164,17 @@ def test_defaults_are_defaults_where_nothing_goes_on(tmp_path, monkeypatch):
         raise Enough
     import alignkit.training as training
     monkeypatch.setattr(training, "get_sampler", look)
-    monkeypatch.setattr(training, "_config", lambda cfg, pipe, reward, prompts, *rest: seen.append((cfg, pipe, reward.name, prompts.name)) or {})
+    def given(cfg, pipe, reward, prompts, eval_prompts):
+        seen.append((cfg, pipe, reward.name, prompts.name))
+        return {}
+    monkeypatch.setattr(training, "_config", given)
     for how in ({}, dict(out=tmp_path / "new", resume=True)):
         with pytest.raises(Enough): ddpo.train(**how)
         assert seen[-2] == (ddpo.DDPOConfig(), "tiny", "jpeg_compressibility", "simple_animals")
 
 
 def test_other_settings_from_an_epoch_on(pipe_folder, begun, tmp_path):
-    "override: the optimiser takes them too, its moments stay; config.json says from which epoch. By hand: the checkpoint's state in a plain AdamW."
+    "override: the optimiser takes them too, and its moments stay; config.json says from which epoch."
     out = copied(begun, tmp_path)
     rates = []
     def watching(run, row): rates.append(row["lr"])
@@ -211,3 +215,204 @@ def test_evaluations_begun_by_override_have_their_base(pipe_folder, begun, tmp_p
     other = json.loads((out / "eval_base.json").read_text())["eval_reward_mean"]
     assert other != base["eval_reward_mean"]
     assert abs(other - short(pipe_folder, None, 1, **dict(plain, eval_samples=1)).eval_base["eval_reward_mean"]) < 1e-6
+
+
+# one run at a time ------------------------------------------------------------------------------------------------------------
+
+def run_elsewhere(pipe, out, ready, go_on):
+    "In another process: stand in the first epoch's callback until told."
+    def wait(run, row):
+        ready.set()
+        go_on.wait(60)
+    short(pipe, out, callbacks=wait)
+
+
+def test_a_second_run_is_refused_while_the_first_is_alive(pipe_folder, tmp_path):
+    "By its process and host; the first one ends as if nothing had been, and leaves no lock."
+    fork, out = multiprocessing.get_context("fork"), tmp_path / "run"
+    ready, go_on = fork.Event(), fork.Event()
+    first = fork.Process(target=run_elsewhere, args=(pipe_folder, out, ready, go_on))
+    first.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(RuntimeError, match=f"in use by another run, process {first.pid} on"): short(pipe_folder, out, resume=True)
+        assert holder(out / "lock")["pid"] == first.pid
+    finally: go_on.set()
+    first.join(60)
+    assert first.exitcode == 0 and not (out / "lock").exists()
+    short(pipe_folder, tmp_path / "alone")
+    assert bits(history(out)) == bits(history(tmp_path / "alone"))
+
+
+def killed_in_a_callback(pipe, out): short(pipe, out, callbacks=lambda run, row: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_dead_run_s_lock_is_taken_over(pipe_folder, tmp_path):
+    "SIGKILL leaves the lock behind, and the row and checkpoint of the epoch whose callback it came in; errors leave no lock."
+    out = tmp_path / "run"
+    assert in_child(killed_in_a_callback, pipe_folder, out) == -signal.SIGKILL
+    assert (out / "lock").exists() and holder(out / "lock") is None
+    assert [r["epoch"] for r in history(out)] == [0] and (out / "checkpoints/epoch_0000/state.json").exists()
+    def bad(images, prompts): raise ConnectionError("away")
+    with pytest.raises(RuntimeError, match="away"): short(pipe_folder, out, reward=Reward(bad, "brightness"), resume=True)
+    assert not (out / "lock").exists()
+    short(pipe_folder, out, resume=True)
+    short(pipe_folder, tmp_path / "alone")
+    assert bits(history(out)) == bits(history(tmp_path / "alone")) and not (out / "lock").exists()
+
+
+def test_a_lock_of_another_machine_counts_while_it_is_touched(pipe_folder, begun, tmp_path):
+    out = copied(begun, tmp_path)
+    (out / "lock").write_text(json.dumps(dict(host="elsewhere", pid=1, began=0.)))
+    with pytest.raises(RuntimeError, match="process 1 on elsewhere.*if it is dead, remove .*lock"): short(pipe_folder, out, 3, resume=True)
+    os.utime(out / "lock", (time.time() - 3600,) * 2)
+    assert len(short(pipe_folder, out, 3, resume=True).history) == 3
+
+
+LAUNCH = """
+import os, sys
+from alignkit.ddpo import DDPOConfig, train
+from accelerate.state import PartialState
+out, epochs = sys.argv[1:]
+cfg = DDPOConfig(num_epochs=int(epochs), samples_per_epoch=4, updates_per_epoch=1, num_inference_steps=2)
+train("tiny", cfg=cfg, out=out, resume=True, callbacks=lambda run, row: print("LOCK", os.path.exists(out + "/lock")))
+print("SHARED BY", PartialState().num_processes)
+"""
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_a_launch_on_a_cpu_shares_the_run_or_is_refused(tmp_path, use_cpu):
+    "Two processes of one launch hold one lock; where accelerate does not join them, WORLD_SIZE is named and no folder is made."
+    (tmp_path / "two.py").write_text(LAUNCH)
+    env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"} | ({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "two.py")]
+    done = subprocess.run([*command, str(tmp_path / "run"), "1"], env=env, capture_output=True, text=True, timeout=240)
+    if not use_cpu:
+        assert "WORLD_SIZE: the launcher started 2 processes" in done.stderr and not (tmp_path / "run").exists(), done.stderr[-2000:]
+        return
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("SHARED BY 2") == 2 and done.stdout.count("LOCK True") == 2 and len(history(tmp_path / "run")) == 1
+    assert not (tmp_path / "run/lock").exists()
+
+
+# damaged files ----------------------------------------------------------------------------------------------------------------
+
+def cut(file): file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+def emptied(file): file.write_bytes(b"")
+def zeroed(file): file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("spoil", [cut, emptied, zeroed, Path.unlink], ids=["cut", "empty", "zeros", "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(pipe_folder, unbroken, tmp_path, spoil):
+    "Whichever file it is, it is named, and the run still ends as the unbroken one, bit for bit."
+    files = sorted(p.name for p in (unbroken / "checkpoints/epoch_0003").iterdir())
+    assert len(files) == 3
+    for name in files:
+        out = tmp_path / name
+        shutil.copytree(unbroken, out)
+        spoil(out / "checkpoints/epoch_0003" / name)
+        with pytest.warns(UserWarning, match=f"epoch_0003/{name} is (damaged|missing).*going on from epoch_0002"):
+            go(pipe_folder, out, reward=bright, resume=True)
+        shutil.rmtree(out / "checkpoints/epoch_0003.damaged")  # put aside
+        assert_same_run(out, unbroken)
+
+
+def test_all_weights_fall_back_too(pipe_folder, tmp_path):
+    how = dict(trainable="full", learning_rate=1e-4)
+    short(pipe_folder, tmp_path / "run", **how)
+    cut(tmp_path / "run/checkpoints/epoch_0001/diffusion_pytorch_model.safetensors")
+    with pytest.warns(UserWarning, match="going on from epoch_0000"): short(pipe_folder, tmp_path / "run", resume=True, **how)
+    short(pipe_folder, tmp_path / "alone", **how)
+    assert bits(weights(tmp_path / "run/unet")) == bits(weights(tmp_path / "alone/unet"))
+
+
+def test_without_a_whole_checkpoint_the_run_is_refused(pipe_folder, begun, tmp_path):
+    out = copied(begun, tmp_path)
+    for epoch in (0, 1): emptied(out / f"checkpoints/epoch_000{epoch}/optimizer.pt")
+    before = (out / "history.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole: .*epoch_0001/optimizer.pt is damaged.*epoch_0000/optimizer.pt"):
+        short(pipe_folder, out, 3, resume=True)
+    assert (out / "history.csv").read_bytes() == before
+    cut(out / "config.json")
+    with pytest.raises(ValueError, match="config.json is damaged"): short(pipe_folder, out, 3, resume=True)
+
+
+def test_a_lost_evaluation_of_the_base_is_made_again(pipe_folder, unbroken, tmp_path):
+    "Of the untrained model, not of the one that was trained since."
+    shutil.copytree(unbroken, tmp_path / "run")
+    cut(tmp_path / "run/eval_base.json")
+    go(pipe_folder, tmp_path / "run", reward=bright, resume=True)
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+# callbacks and Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("callbacks", [3, "note", [None], (lambda run, row: None, "note")])
+def test_what_is_no_callback_is_refused_before_any_work(pipe_folder, tmp_path, callbacks):
+    def never(images, prompts): raise AssertionError("work was done")
+    with pytest.raises(TypeError, match="^callbacks: functions of"): short(pipe_folder, tmp_path / "run", reward=never, callbacks=callbacks)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("answer, epochs", [
+    (None, 3), (17, 3), (1, 3), ("text", 3), (np.float32(1), 3), (torch.ones(2, dtype=torch.bool), 3), (False, 3), (np.False_, 3),
+    (True, 1), (np.True_, 1), (torch.tensor(True), 1)])
+def test_only_true_ends_a_run(pipe_folder, capsys, answer, epochs):
+    "A bare function is accepted; a count, as file.write returns it, ends nothing; what ends the run is said, by name."
+    def note(run, row): return answer
+    run = short(pipe_folder, None, 3, callbacks=note)
+    said = "stopped after epoch 0 by the callback note" if epochs == 1 else ""
+    assert (len(run.history), run.stopped, capsys.readouterr().out.strip()) == (epochs, said, said)
+
+
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_a_callback_that_raises_loses_no_epoch(pipe_folder, tmp_path, save_every):
+    "Row, checkpoint and weights of its epoch are there; the error names it and how to go on; no picture is drawn twice."
+    seen, out = [], tmp_path / "run"
+    def upload(run, row):
+        seen.append((len(history(out)), [p.name for p in sorted((out / "checkpoints").iterdir())]))
+        if row["epoch"] == 1: raise ConnectionError("the tracker is away")
+    with pytest.raises(RuntimeError, match=r"callbacks: upload raised ConnectionError after epoch 1: the tracker is away.*resume="):
+        short(pipe_folder, out, 4, save_every=save_every, callbacks=upload)
+    assert seen[1] == (2, ["epoch_0000", "epoch_0001"] if save_every == 1 else [])
+    assert "pytorch_lora_weights.safetensors" in {p.name for p in (out / "checkpoints/epoch_0001").iterdir()}
+    calls = []
+    def counted(images, prompts):
+        calls.append(1)
+        return brightness(images, prompts)
+    with pytest.warns(UserWarning, match="the code of the reward"):
+        short(pipe_folder, out, 4, reward=Reward(counted, "brightness"), save_every=save_every, resume=True)
+    assert len(calls) == 2
+    short(pipe_folder, tmp_path / "alone", 4, save_every=save_every)
+    assert bits(history(out)) == bits(history(tmp_path / "alone"))
+
+
+def ctrl_c(run, row):
+    if row["epoch"] == 1: raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ctrl_c_without_a_folder_returns_the_run_so_far(pipe_folder, capsys, method):
+    "Also in the middle of an epoch, by the signal itself: the finished epochs, and a pipeline that is plain."
+    train, kind, name = METHODS[method]
+    inner, calls = get_reward(name), []
+    def reward(images, prompts):
+        calls.append(1)
+        if len(calls) == 3: os.kill(os.getpid(), signal.SIGINT)
+        return inner(images, prompts)
+    pipe, cfg = load(pipe_folder), kind(num_epochs=5, **FEW)
+    run = train(pipe, Reward(reward, "mine", differentiable=inner.differentiable), PROMPTS, cfg)
+    assert list(run.history.epoch) == [0, 1] and run.pipe is pipe and run.stopped == "interrupted in epoch 2"
+    assert "interrupted in epoch 2: the run so far is returned, 2 finished epochs" in capsys.readouterr().out
+    assert not any("forward" in m.__dict__ for m in pipe.unet.modules())
+
+
+def test_ctrl_c_with_a_folder_says_how_to_go_on(pipe_folder, tmp_path):
+    "It still stops a script; nothing finished is lost, even where no checkpoint was due, and the word goes on bit for bit."
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted in epoch 2; go on with resume='.*run'"):
+        short(pipe_folder, tmp_path / "run", 4, save_every=4, callbacks=ctrl_c)
+    assert not (tmp_path / "run/lock").exists() and (tmp_path / "run/checkpoints/epoch_0001").is_dir()
+    assert RunFolder(tmp_path / "run").config()["num_epochs"] == 4
+    ddpo.train(pipe_folder, bright, resume=tmp_path / "run")
+    short(pipe_folder, tmp_path / "alone", 4, save_every=4)
+    assert bits(history(tmp_path / "run")) == bits(history(tmp_path / "alone"))
