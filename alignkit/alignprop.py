@@ -19,7 +19,7 @@ from .pipelines import Model, lookup
 from .rewards import NonFiniteReward, RewardError, score
 from .runs import Run
 from .training import DATA, SHOWN, Clock, Default, Job, TrainConfig, accumulate, drawing_knobs, embed, epochs, evaluation_phase
-from .training import finish, halves, noise_of, not_finite, policy_of, record, settings, setup, stop_if_failed
+from .training import finish, halves, noise_of, not_finite, policy_of, record, settled, setup, stop_if_failed
 
 # %% ../nbs/10_alignprop.ipynb #a2f9a5fa
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")
@@ -287,7 +287,7 @@ def train(
     override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
 ) -> Run:
     "AlignProp from start to end: draw with a graph, score, go back, update, record."
-    cfg, skipped = settings(cfg, AlignPropConfig, out, resume, override), Skipped()
+    cfg, skipped = settled(cfg, AlignPropConfig, out, resume, override), Skipped()
     size = cfg.samples_per_epoch // cfg.updates_per_epoch
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient=True, skipped=skipped) as job:
         for epoch in epochs(job):

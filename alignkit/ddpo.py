@@ -20,7 +20,7 @@ from .mdp import Trajectory, generator_for, policy
 from .pipelines import lookup
 from .runs import Run
 from .training import Clock, Default, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
-from .training import record, report, sample, sampling_phases, settings, setup, update, update_phases
+from .training import record, report, sample, sampling_phases, settled, setup, update, update_phases
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
 def ddpo_is_loss(
@@ -275,7 +275,7 @@ def train(
     override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
 ) -> Run:
     "DDPO from start to end: sample, score, advantages, update, record."
-    cfg = settings(cfg, DDPOConfig, out, resume, override)
+    cfg = settled(cfg, DDPOConfig, out, resume, override)
     stats = lookup(ADVANTAGES, cfg.advantages, "advantages")(cfg)
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_density=True, stats=stats) as job:
         for epoch in epochs(job):

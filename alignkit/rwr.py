@@ -17,7 +17,7 @@ from .mdp import generator_for
 from .pipelines import Cond, Model, guided, lookup
 from .runs import Run
 from .training import Clock, Default, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
-from .training import record, report, sample, sampling_phases, settings, setup, update, update_phases
+from .training import record, report, sample, sampling_phases, settled, setup, update, update_phases
 
 # %% ../nbs/07_rwr.ipynb #08adc157
 def _checked(rewards, prompts):
@@ -213,7 +213,7 @@ def train(
     override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
 ) -> Run:
     "Reward-weighted regression from start to end: sample, score, weigh, regress, record."
-    cfg = settings(cfg, RWRConfig, out, resume, override)
+    cfg = settled(cfg, RWRConfig, out, resume, override)
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override) as job:
         T = job.model.scheduler.config.num_train_timesteps
         for epoch in epochs(job):

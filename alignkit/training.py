@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'FIXED', 'EVALUATED', 'DATA', 'Checked', 'SampleConfig', 'Tr
            'Progress', 'Job', 'embed', 'policy_of', 'noise_of', 'everyone', 'stop_if_failed', 'keep_epoch', 'sample',
            'accumulate', 'not_finite', 'take_step', 'update', 'report', 'drawing', 'evaluate', 'stopped', 'record',
            'save_weights', 'save', 'Damaged', 'restore', 'restore_newest', 'epochs', 'finish', 'check_density',
-           'Default', 'settings', 'checksum', 'setup', 'evaluation_phase', 'sampling_phases', 'update_phases', 'halves',
+           'Default', 'settled', 'checksum', 'setup', 'evaluation_phase', 'sampling_phases', 'update_phases', 'halves',
            'drawing_knobs']
 
 # %% ../nbs/06c_training.ipynb #c775063d
@@ -701,7 +701,7 @@ def _refuse_override(override, cfg, saved):
         name = fixed[0]
         raise ValueError(f"override: the run's checkpoint was made with {name}={saved[name]!r} and fits no other, got {override[name]!r}")
 
-def settings(
+def settled(
     cfg:TrainConfig|None,  # as given to `train`; None: those of the run that goes on, else the defaults
     kind:type,  # of the method's config
     out=None, resume=False,  # as given to `train`
