@@ -711,10 +711,15 @@ def settled(
     folder, going_on = _folder(out, resume)
     if override and not resume:
         raise ValueError(f"override: is for a run that goes on, and a new one takes its settings from cfg; give resume, got {resume!r}")
+    read = cfg is None and going_on
     if cfg is None: cfg = _recorded(folder, kind) if going_on else kind()
-    if not override: return cfg.check()
-    _refuse_override(override, cfg, folder.config())
-    return replace(cfg, **override).check()
+    if override:
+        _refuse_override(override, cfg, folder.config())
+        cfg = replace(cfg, **override)
+    if lost := [r for r in cfg.eval_rewards if read and isinstance(r, str) and r not in REWARDS]:
+        raise ValueError(f"eval_rewards: the run in {folder.path} was judged by {lost[0]!r}, which is no name of the kit; "
+                         "give it again, as override=dict(eval_rewards=...)")
+    return cfg.check()
 
 # %% ../nbs/06c_training.ipynb #4f71be08
 def _pipe_of(folder):

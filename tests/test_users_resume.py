@@ -147,6 +147,10 @@ def test_what_has_no_name_must_be_given_again(pipe_folder, begun, tmp_path):
     with pytest.raises(ValueError, match="^pipe: .*loaded StableDiffusionPipeline.* give it again"): ddpo.train(resume=out)
     with pytest.raises(ValueError, match="^reward: .*'brightness'.* give it again"): ddpo.train(pipe_folder, resume=out)
     assert len(ddpo.train(pipe_folder, bright, resume=out).history) == 2
+    record = json.loads((out / "config.json").read_text())
+    record["config"] |= dict(eval_every=1, eval_rewards=["mine"])
+    (out / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="^eval_rewards: .*'mine'.* give it again"): ddpo.train(pipe_folder, bright, resume=out)
     def drawn(generator): return PROMPTS[int(torch.randint(2, (), generator=generator))]
     one = ddpo.DDPOConfig(num_epochs=1, **FEW)
     ddpo.train(pipe_folder, prompts=drawn, cfg=one, out=tmp_path / "called")
