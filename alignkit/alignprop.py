@@ -18,8 +18,8 @@ from .mdp import generator_for, policy, predict_original, walk
 from .pipelines import Model, lookup
 from .rewards import NonFiniteReward, RewardError, score
 from .runs import Run
-from .training import DATA, SHOWN, Clock, Job, TrainConfig, accumulate, drawing_knobs, embed, epochs, evaluation_phase, finish
-from .training import halves, noise_of, not_finite, policy_of, record, setup, stop_if_failed
+from .training import DATA, SHOWN, Clock, Default, Job, TrainConfig, accumulate, drawing_knobs, embed, epochs, evaluation_phase
+from .training import finish, halves, noise_of, not_finite, policy_of, record, settled, setup, stop_if_failed
 
 # %% ../nbs/10_alignprop.ipynb #a2f9a5fa
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")
@@ -277,18 +277,19 @@ def means(
 
 # %% ../nbs/10_alignprop.ipynb #b5b8ab88
 def train(
-    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
-    reward="tiny_aesthetic",  # with a gradient: a name, a `Reward`, a callable whose `differentiable` is True, or a dict of weights
-    prompts="simple_animals",  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
-    cfg:AlignPropConfig|None=None,  # None: the defaults
+    pipe=Default("tiny"),  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
+    reward=Default("tiny_aesthetic"),  # with a gradient: a name, a `Reward`, a callable whose `differentiable` is True, or a dict of weights
+    prompts=Default("simple_animals"),  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
+    cfg:AlignPropConfig|None=None,  # None: the defaults, or those of the run that goes on
     out:str|Path|None=None,  # run folder; None: nothing is written
-    resume:str|Path|bool=False,  # a run folder, or True: go on with `out`
-    callbacks:tuple=(),  # each called as callback(run, row) after an epoch; a true answer stops the run
+    resume:str|Path|bool=False,  # a run folder, or True: go on with `out`; what is not given is read there
+    callbacks=(),  # one or several, called as callback(run, row) after an epoch; the answer True stops the run
+    override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
 ) -> Run:
     "AlignProp from start to end: draw with a graph, score, go back, update, record."
-    cfg, skipped = (cfg or AlignPropConfig()).check(), Skipped()
+    cfg, skipped = settled(cfg, AlignPropConfig, out, resume, override), Skipped()
     size = cfg.samples_per_epoch // cfg.updates_per_epoch
-    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, needs_gradient=True, skipped=skipped) as job:
+    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient=True, skipped=skipped) as job:
         for epoch in epochs(job):
             clock, texts = Clock(sample_s=0., reward_s=0.), [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
             rewards, shown, updates, kept_count = torch.zeros(cfg.samples_per_epoch, device=job.device), [], [], []
@@ -318,7 +319,8 @@ def train(
             scored, counts = everyone[~everyone.isnan()], dict(kept_steps=sum(kept_count) / len(kept_count), skipped=skipped.count)
             times = dict(clock, reward_work_s=clock["reward_s"], train_s=going_back)
             if record(job, epoch, scored, torch.cat(shown), **means(job, updates), **counts, **times): break
-        return finish(job)
+        finish(job)
+    return job.run
 
 # %% ../nbs/10_alignprop.ipynb #a3e2cb5e
 def most_kept(

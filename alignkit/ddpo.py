@@ -19,8 +19,8 @@ from .logprob import step_log_prob
 from .mdp import Trajectory, generator_for, policy
 from .pipelines import lookup
 from .runs import Run
-from .training import Clock, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
-from .training import record, report, sample, sampling_phases, setup, update, update_phases
+from .training import Clock, Default, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
+from .training import record, report, sample, sampling_phases, settled, setup, update, update_phases
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
 def ddpo_is_loss(
@@ -265,18 +265,19 @@ def recomputed(
 
 # %% ../nbs/08_ddpo.ipynb #56243a13
 def train(
-    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
-    reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
-    prompts="simple_animals",  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
-    cfg:DDPOConfig|None=None,  # None: the defaults
+    pipe=Default("tiny"),  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
+    reward=Default("jpeg_compressibility"),  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
+    prompts=Default("simple_animals"),  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
+    cfg:DDPOConfig|None=None,  # None: the defaults, or those of the run that goes on
     out:str|Path|None=None,  # run folder; None: nothing is written
-    resume:str|Path|bool=False,  # a run folder, or True: go on with `out`
-    callbacks:tuple=(),  # each called as callback(run, row) after an epoch; a true answer stops the run
+    resume:str|Path|bool=False,  # a run folder, or True: go on with `out`; what is not given is read there
+    callbacks=(),  # one or several, called as callback(run, row) after an epoch; the answer True stops the run
+    override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
 ) -> Run:
     "DDPO from start to end: sample, score, advantages, update, record."
-    cfg = (cfg or DDPOConfig()).check()
+    cfg = settled(cfg, DDPOConfig, out, resume, override)
     stats = lookup(ADVANTAGES, cfg.advantages, "advantages")(cfg)
-    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, needs_density=True, stats=stats) as job:
+    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_density=True, stats=stats) as job:
         for epoch in epochs(job):
             # sample and score this process's pictures; all know all rewards, so all hold the same statistics
             groups, clock = update_groups(cfg, epoch, job.rank, job.world), Clock()
@@ -303,7 +304,8 @@ def train(
                 updates = [update(job, pairs, loss_of) for pairs in batches]
             if record(job, epoch, rewards, images, **report(job, updates), **seconds, **clock): break
             walks = cond = images = None  # not beside the next epoch's
-        return finish(job)
+        finish(job)
+    return job.run
 
 # %% ../nbs/08_ddpo.ipynb #82ec1e60
 def _pairs(cfg):

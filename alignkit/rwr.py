@@ -16,8 +16,8 @@ from torch import Tensor
 from .mdp import generator_for
 from .pipelines import Cond, Model, guided, lookup
 from .runs import Run
-from .training import Clock, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
-from .training import record, report, sample, sampling_phases, setup, update, update_phases
+from .training import Clock, Default, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
+from .training import record, report, sample, sampling_phases, settled, setup, update, update_phases
 
 # %% ../nbs/07_rwr.ipynb #08adc157
 def _checked(rewards, prompts):
@@ -203,17 +203,18 @@ def dealt(
 
 # %% ../nbs/07_rwr.ipynb #bef12bb2
 def train(
-    pipe="tiny",  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
-    reward="jpeg_compressibility",  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
-    prompts="simple_animals",  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
-    cfg:RWRConfig|None=None,  # None: the defaults
+    pipe=Default("tiny"),  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
+    reward=Default("jpeg_compressibility"),  # a name, a callable (images, prompts) -> (B,), or a dict of weights; see `rewards.get_reward`
+    prompts=Default("simple_animals"),  # a name, a file, a list, or a callable (generator) -> prompt; see `prompts.get_prompts`
+    cfg:RWRConfig|None=None,  # None: the defaults, or those of the run that goes on
     out:str|Path|None=None,  # run folder; None: nothing is written
-    resume:str|Path|bool=False,  # a run folder, or True: go on with `out`
-    callbacks:tuple=(),  # each called as callback(run, row) after an epoch; a true answer stops the run
+    resume:str|Path|bool=False,  # a run folder, or True: go on with `out`; what is not given is read there
+    callbacks=(),  # one or several, called as callback(run, row) after an epoch; the answer True stops the run
+    override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
 ) -> Run:
     "Reward-weighted regression from start to end: sample, score, weigh, regress, record."
-    cfg = (cfg or RWRConfig()).check()
-    with setup(cfg, pipe, reward, prompts, out, resume, callbacks) as job:
+    cfg = settled(cfg, RWRConfig, out, resume, override)
+    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override) as job:
         T = job.model.scheduler.config.num_train_timesteps
         for epoch in epochs(job):
             # sample and score this process's pictures; all processes know all rewards, and share the pictures that have a weight
@@ -241,7 +242,8 @@ def train(
             effective = (weights.sum()**2 / (weights**2).sum()).item()
             if record(job, epoch, rewards, images, **report(job, updates), effective_samples=effective, **seconds, **clock): break
             latents = x0 = images = None  # not beside the next epoch's
-        return finish(job)
+        finish(job)
+    return job.run
 
 # %% ../nbs/07_rwr.ipynb #ed21c3fe
 def _regression(cfg):

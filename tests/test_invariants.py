@@ -241,13 +241,13 @@ def killed_while(moment, pipe_folder, out):
     elif moment == "scoring": at_call(scorer, "score", in_epoch_2)
     elif moment == "training":
         register_optimizer_step_post_hook(lambda *_: len(epochs) == 2 and kill())  # after the first of two updates
-    elif moment == "before the history": at_call(runs.History, "append", lambda args, done: done == 3)
-    elif moment == "writing the history": at_call(runs.History, "append", lambda args, done: done == 3, half_row)
-    elif moment == "after the history": at_call(runs.History, "append", lambda args, done: done == 3, after)
-    elif moment == "writing the checkpoint": at_call(torch, "save", lambda args, done: done == 3, half_file)
-    elif moment == "before the rename": at_call(os, "replace", lambda args, done: done == 3 and "epoch_" in str(args[1]))
-    elif moment == "after the rename": at_call(os, "replace", lambda args, done: done == 3 and "epoch_" in str(args[1]), after)
-    elif moment == "removing the oldest": at_call(shutil, "rmtree", lambda args, done: done == 3 and not str(args[0]).endswith(".part"),
+    elif moment == "before the history": at_call(runs.History, "append", lambda args, done: done == 2)
+    elif moment == "writing the history": at_call(runs.History, "append", lambda args, done: done == 2, half_row)
+    elif moment == "after the history": at_call(runs.History, "append", lambda args, done: done == 2, after)
+    elif moment == "writing the checkpoint": at_call(torch, "save", lambda args, done: done == 2, half_file)
+    elif moment == "before the rename": at_call(os, "replace", lambda args, done: done == 2 and "epoch_" in str(args[1]))
+    elif moment == "after the rename": at_call(os, "replace", lambda args, done: done == 2 and "epoch_" in str(args[1]), after)
+    elif moment == "removing the oldest": at_call(shutil, "rmtree", lambda args, done: done == 2 and not str(args[0]).endswith(".part"),
                                                   lambda original, path: next(Path(path).glob("*.pt")).unlink())
     elif moment == "writing the adapter":
         at_call(training, "save_lora", lambda args, done: Path(args[1]).name == "lora",
