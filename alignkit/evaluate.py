@@ -345,12 +345,12 @@ def _own_base(subjects, models):
     for n, s in subjects.items():
         c = _config_of(s)
         if not c.get("pipe") or _trained_on(s): continue
-        if n not in models: raise ValueError(f"pipe: the run {n!r} was trained on a pipeline that was loaded ({c['pipe']}); give it as the base model")
+        if n not in models: raise ValueError(f"pipe: the run {n!r} was trained on a loaded pipeline ({c['pipe']}); give it as base model")
         if not _adapted(models[n]):
-            raise ValueError(f"pipe: the run {n!r} trained all weights of a pipeline that was loaded, so that its base model is gone; give it again")
+            raise ValueError(f"pipe: the run {n!r} trained all weights of a loaded pipeline, and its base model is gone; give it again")
     name, first = next(iter(models.items()), (None, None))
     if first is not None and not _adapted(first):
-        warnings.warn(f"pipe: {name!r} has no adapter and is its own base model, so that no change can be seen; give pipe= to compare it with another")
+        warnings.warn(f"pipe: {name!r} has no adapter and is its own base model, so that nothing changes; give pipe= to compare it")
     return first
 
 # %% ../nbs/11_evaluate.ipynb #807d3278
@@ -365,7 +365,7 @@ def _check_one_base(base, subjects, models):
         if w.net is base.net or not _adapted(w): continue
         mine = _plain_state(w.net)
         if mine.keys() == there.keys() and all(there[k].to(v).equal(v) for k, v in mine.items()): continue
-        raise ValueError(f"subjects: {n!r} has another base model than the rest; evaluate it by itself, or give pipe= to compare all with that")
+        raise ValueError(f"subjects: {n!r} has another base model than the rest; evaluate it alone, or give pipe= to compare all with it")
 
 def _base_of(subjects, models, pipe, how):
     "The base model of an examination; one that is read here, in the precision and on the device of the first pipeline it is compared with."
@@ -383,7 +383,7 @@ def each(
     pipe,  # base model; None: see `evaluate`
     how:Drawing,
 ):  # yields name, Model, and the Model to measure the drift from (None: itself without its adapter)
-    "The base model and then each subject; adapters are mounted on the base in turn, pipelines used as they are. Close it, and all is as it was found."
+    "The base model, then each subject: adapters mounted on the base in turn, pipelines as they are. Closed, it leaves all as it found it."
     models = {n: w for n, s in subjects.items() if (w := _as_model(s, how)) is not None}
     base = _base_of(subjects, models, pipe, how)
     adapters = {n: check_fit(base, read_adapter(s), n) for n, s in subjects.items() if n not in models}  # before the first picture is drawn

@@ -65,7 +65,7 @@ def warn_of_emoji_judges(
     other = next((t for t in texts if not animals & set(re.findall(r"\w+", t.lower()))), None)
     if embedded(pipe) and other is None: return
     what = f"the prompt {other!r} asks for something else" if other is not None else "this pipeline is not the embedded one"
-    warnings.warn(f"rewards: {', '.join(judges)} has seen the kit's emoji animals only, and {what}: what it says of such pictures means nothing")
+    warnings.warn(f"rewards: {', '.join(judges)} saw the kit's emoji animals only, and {what}: its word on such pictures means nothing")
 
 # %% ../nbs/06a_judges.ipynb #f3f1d6f3
 def step_kl(

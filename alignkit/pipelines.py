@@ -97,32 +97,35 @@ def family(
 # %% ../nbs/01_pipelines.ipynb #a8a482a3
 def _inputs(pipe, added):
     "What the network wants besides latents, timestep and prompt: (whether it does, what it is)."
-    c, latents = pipe.unet.config, pipe.vae.config.latent_channels
+    c, latents, hidden = pipe.unet.config, pipe.vae.config.latent_channels, pipe.unet.config.encoder_hid_dim_type
     return [
-        (c.in_channels != latents, f"its network takes {c.in_channels} channels where latents have {latents}: a picture, a mask or a depth map"),
-        (c.out_channels != c.in_channels, f"its network answers with {c.out_channels} channels to {c.in_channels}"),
-        (c.class_embed_type or c.num_class_embeds, "its network wants class labels"),
-        (c.encoder_hid_dim_type not in (None, "text_proj"), f"its network wants a picture ({c.encoder_hid_dim_type}, an IP-adapter or the like; "
-                                                             "pipe.unload_ip_adapter() takes an IP-adapter off)"),
-        (c.addition_embed_type != added, f"its network's addition_embed_type is {c.addition_embed_type!r}, and the pipeline's class serves {added!r}"),
+        (c.in_channels != latents, f"takes {c.in_channels} channels where latents have {latents}: a picture, a mask or a depth map"),
+        (c.out_channels != c.in_channels, f"answers with {c.out_channels} channels to {c.in_channels}"),
+        (c.class_embed_type or c.num_class_embeds, "wants class labels"),
+        (hidden not in (None, "text_proj"), f"wants a picture ({hidden}; pipe.unload_ip_adapter() takes an IP-adapter off)"),
+        (c.addition_embed_type != added, f"has addition_embed_type={c.addition_embed_type!r} where the pipeline's class serves {added!r}"),
     ]
+
+def _check_hooks(pipe):
+    "Refuse hooks that come between a network and whoever calls it."
+    for part in modules_of(pipe):
+        if not (hooks := hooks_of(part)): continue
+        raise ValueError(f"pipe: its {type(part).__name__} carries hooks ({', '.join(hooks)}) that move, cast or skip its layers' work; "
+                         "load it without offloading, casting and caches (pipe.remove_all_hooks() takes offloading off)")
 
 def check_parts(
     pipe,  # pipeline with a UNet
     added:str|None=None,  # the `addition_embed_type` that its family serves: None for SD, 'text_time' for SDXL
 ):
     "Refuse a pipeline that cannot draw from a prompt alone, or not as the kit would."
-    encoders = ["text_encoder", "text_encoder_2"] if added else ["text_encoder"]
+    encoders, c = ["text_encoder", "text_encoder_2"] if added else ["text_encoder"], pipe.unet.config
     if missing := [name for name in encoders if getattr(pipe, name, None) is None]: raise ValueError(f"pipe: it has no {missing[0]}")
-    if wants := [what for does, what in _inputs(pipe, added) if does]:
-        raise ValueError(f"pipe: {wants[0]}, and a {family(pipe) if hasattr(pipe, 'components') else 'pipeline'} is only asked by a prompt here")
+    wants = [what for does, what in _inputs(pipe, added) if does]
+    if wants: raise ValueError(f"pipe: its network {wants[0]}; here it is asked by a prompt alone")
     widths = [getattr(pipe, name).config.hidden_size for name in encoders]
-    if pipe.unet.config.encoder_hid_dim_type is None and sum(widths) != pipe.unet.config.cross_attention_dim:
-        raise ValueError(f"pipe: its network reads embeddings of width {pipe.unet.config.cross_attention_dim}, its text encoders give {widths}")
-    for part in modules_of(pipe) if hasattr(pipe, "components") else ():
-        if hooks := hooks_of(part):
-            raise ValueError(f"pipe: its {type(part).__name__} carries hooks ({', '.join(hooks)}) that move, cast or skip its layers' work; "
-                             "load it without offloading, casting and caches (pipe.remove_all_hooks() takes offloading off)")
+    if c.encoder_hid_dim_type is None and sum(widths) != c.cross_attention_dim:
+        raise ValueError(f"pipe: its network reads embeddings of width {c.cross_attention_dim}, its text encoders give {widths}")
+    if hasattr(pipe, "components"): _check_hooks(pipe)
     if getattr(pipe, "safety_checker", None) is not None:
         warnings.warn("pipe: its safety checker is not asked; what the kit draws is not blackened by it (safety_checker=None says so)")
 
@@ -262,10 +265,11 @@ def _stranger(scheduler):
     c, own = scheduler.config, inspect.signature(type(scheduler).__init__).parameters  # settings of another class may linger in a config
     if on := [k for k in OFF_THE_PATH if k in own and c.get(k)]: return f"has {on[0]}=True (from_config with {on[0]}=False takes it off)"
     if "timestep_type" in own and c.timestep_type != "discrete": return f"tells the network its noise as timestep_type={c.timestep_type!r}"
-    if "variance_type" in own and str(c.variance_type).startswith("learned"): return f"wants a learned variance (variance_type={c.variance_type!r})"
+    if "variance_type" in own and str(c.variance_type).startswith("learned"): return f"wants a learned variance ({c.variance_type!r})"
     if "Inverse" in type(scheduler).__name__: return "walks from pictures to noise"
-    if getattr(scheduler, "alphas_cumprod", None) is None: return "follows another path than a variance-preserving schedule (flow matching, EDM, ...)"
-    if c.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"): return f"has prediction_type={c.prediction_type!r}"
+    if getattr(scheduler, "alphas_cumprod", None) is None: return "follows another path than Stable Diffusion (flow matching, EDM, ...)"
+    predicts = c.get("prediction_type", "epsilon")
+    if predicts not in ("epsilon", "v_prediction", "sample"): return f"has prediction_type={predicts!r}"
 
 def _as_ddim(scheduler, kind):
     "The DDIM that walks a scheduler's path."
@@ -287,7 +291,8 @@ def ddim_scheduler(
         why = "has a step of its own"
     try: ours = _as_ddim(theirs, DDIMScheduler) if why is None else None
     except NotImplementedError as e: why = f"has a beta_schedule that a DDIM does not know ({e})"
-    if ours is not None and not torch.allclose(ours.alphas_cumprod, torch.as_tensor(theirs.alphas_cumprod).to(ours.alphas_cumprod), atol=1e-6):
+    levels = theirs.alphas_cumprod if why is None else None
+    if levels is not None and not torch.allclose(ours.alphas_cumprod, torch.as_tensor(levels).to(ours.alphas_cumprod), atol=1e-6):
         why = "has other noise levels than its settings say"
     if why is None: return ours
     raise ValueError(f"pipe: its scheduler, a {type(theirs).__name__}, {why}, and the kit walks by DDIM; "
@@ -364,9 +369,7 @@ def guided(
     uncond, text = model.predict(net, both, timestep, Cond.cat([none, cond])).chunk(2)
     return uncond + guidance_scale * (text - uncond)
 
-# %% ../nbs/01_pipelines.ipynb #edd0cf7a
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the linear layers of every attention block: ddpo-pytorch's and TRL's targets
-
+# %% ../nbs/01_pipelines.ipynb #4a22a768
 def _tuned(net):
     "The layers that peft has put in."
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -388,6 +391,9 @@ def drop_adapters(
     if not getattr(net, "peft_config", None): return
     net.enable_adapters()
     net.delete_adapters(list(net.peft_config))
+
+# %% ../nbs/01_pipelines.ipynb #edd0cf7a
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the linear layers of every attention block: ddpo-pytorch's and TRL's targets
 
 def add_lora(
     net,  # UNet or transformer of diffusers, frozen; an adapter that it has is removed

@@ -537,8 +537,9 @@ def _refuse_network(cfg, net):
                          "merge it (pipe.fuse_lora(), then pipe.unload_lora_weights())")
     check_not_fused(net)
     if any(getattr(m, "fused_projections", False) for m in net.modules()):
-        raise ValueError("pipe: the projections of its attention are fused, and what is trained would not be used; pipe.unfuse_qkv_projections()")
-    if getattr(net, "is_quantized", False): raise ValueError("pipe: its network is quantized, and the kit trains in float32, float16 or bfloat16")
+        raise ValueError("pipe: the projections of its attention are fused, and what is trained would not be used; "
+                         "pipe.unfuse_qkv_projections() takes them apart")
+    if getattr(net, "is_quantized", False): raise ValueError("pipe: its network is quantized; the kit trains in float32 or half precision")
     found = any(name == t or name.endswith(f".{t}") for name, _ in net.named_modules() for t in cfg.lora_targets)
     cfg.need(found or cfg.trainable == "full", "lora_targets", "names of layers, and no layer of this network has one of these")
 
@@ -564,7 +565,8 @@ def check_density(
     one, scheduler = torch.zeros(1, *[1] * len(model.latent_shape)), model.scheduler
     for i, t in enumerate(scheduler.timesteps.tolist()):
         if sampler(one, i, one)[1].gt(0).all(): continue
-        told, change = f"pipe: at timestep {t} this scheduler's std_dev_t is 0, and a step without noise has no density to learn from", _mend(scheduler)
+        told = f"pipe: at timestep {t} this scheduler's std_dev_t is 0, and a step without noise has no density to learn from"
+        change = _mend(scheduler)
         if change is None: raise ValueError(told)
         now, then = (", ".join(f"{k}={v!r}" for k, v in d.items()) for d in ({k: scheduler.config[k] for k in change}, change))
         raise ValueError(f"{told} ({now} does this to the last step: "
