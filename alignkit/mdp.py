@@ -105,7 +105,7 @@ def get_sampler(
         raise ValueError(f"num_inference_steps: 1 to {most} for this pipeline, got {num_inference_steps}")
     model.scheduler.set_timesteps(num_inference_steps)
     if (last := int(model.scheduler.timesteps.max())) >= most:
-        raise ValueError(f"num_inference_steps: they reach timestep {last} with this scheduler's offset, of {most}; got {num_inference_steps}")
+        raise ValueError(f"num_inference_steps: they reach timestep {last} of {most} with this scheduler; got {num_inference_steps}")
     sampler = lookup(SAMPLERS, name, "sampler")(model.scheduler, eta)
     _check_finite(model, sampler)
     return sampler
