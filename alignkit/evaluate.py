@@ -8,19 +8,20 @@ __all__ = ['EXAMS', 'FINAL', 'leave_one_out', 'leave_one_out_pairs', 'interval',
            'evaluate', 'side_by_side', 'mixing_path']
 
 # %% ../nbs/11_evaluate.ipynb #1c966179
+from contextlib import closing
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from statistics import NormalDist
-import math
+import math, warnings
 import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from .clip_rewards import ClipJudge, crop_pixels, read_clip
-from .judges import drift, repeated
+from .judges import drift, repeated, warn_of_emoji_judges
 from .mdp import Drawing, draw
-from .pipelines import WEIGHTS, Model, add_lora, load, open_model, read_lora
+from .pipelines import PIPELINES, WEIGHTS, Model, add_lora, drop_adapters, load, open_model, read_lora, without_adapters
 from .prompts import get_prompts
 from .rewards import get_reward, score
 from .runs import Run, RunFolder, image_grid
@@ -163,7 +164,7 @@ def mount(
     "Put an adapter on a model, as one plain LoRA whose rank is the largest among the layers'."
     net = model.net
     check_fit(model, adapter, name)
-    if getattr(net, "peft_config", None): net.delete_adapters(list(net.peft_config))
+    drop_adapters(net)
     if not adapter: return model
     add_lora(net, max(len(A) for A, _ in adapter.values()), target_modules=tuple(adapter))
     with torch.no_grad():
@@ -308,12 +309,12 @@ def _config_of(subject):
 def _trained_on(subject):
     "The pipeline that a run names, if it names one that can be loaded."
     name = _config_of(subject).get("pipe")
-    return name if name and (name == "tiny" or "/" in name or Path(name).is_dir()) else None
+    return name if name and (name in PIPELINES or "/" in name or Path(name).is_dir()) else None
 
 def _base_name(subjects, pipe):
-    "The base model: as given, else what the runs name, else the embedded one."
+    "The base model: as given, else what the runs name, else None."
     trained_on = {n: p for n, s in subjects.items() if (p := _trained_on(s))}
-    if pipe is None: pipe = next(iter(trained_on.values()), "tiny")
+    if pipe is None: pipe = next(iter(trained_on.values()), None)
     for n, p in trained_on.items():
         if isinstance(pipe, (str, Path)) and p != str(pipe):
             raise ValueError(f"subjects: {n!r} was trained on {p!r}, but the base model here is {str(pipe)!r}")
@@ -337,29 +338,62 @@ def _as_model(subject, how):
     if isinstance(subject, (str, Path)): whole = (Path(subject) / "model_index.json").is_file()
     return open_model(subject, how.height, how.width) if whole else None
 
-def _open_base(pipe, models, how):
-    "The base model; one that is read here, in the precision and on the device of the first pipeline it is compared with."
-    like = dict(dtype=models[0].net.dtype, device=models[0].pipe.device) if models and isinstance(pipe, (str, Path)) else {}
-    return open_model(pipe, how.height, how.width, **like)
+def _adapted(model): return bool(getattr(model.net, "peft_config", None))
 
+def _own_base(subjects, models):
+    "What pipelines and runs of loaded pipelines are compared with where nobody says: the first of them, without its adapter."
+    for n, s in subjects.items():
+        c = _config_of(s)
+        if not c.get("pipe") or _trained_on(s): continue
+        if n not in models: raise ValueError(f"pipe: the run {n!r} was trained on a loaded pipeline ({c['pipe']}); give it as base model")
+        if not _adapted(models[n]):
+            raise ValueError(f"pipe: the run {n!r} trained all weights of a loaded pipeline, and its base model is gone; give it again")
+    name, first = next(iter(models.items()), (None, None))
+    if first is not None and not _adapted(first):
+        warnings.warn(f"pipe: {name!r} has no adapter and is its own base model, so that nothing changes; give pipe= to compare it")
+    return first
+
+# %% ../nbs/11_evaluate.ipynb #807d3278
+def _plain_state(net):
+    "A network's weights without those of adapters, by the names that it has without them."
+    return {k.replace(".base_layer.", "."): v for k, v in net.state_dict().items() if ".lora_" not in k}
+
+def _check_one_base(base, subjects, models):
+    "Runs and adapted pipelines are compared with a base that nobody named only if it is theirs."
+    there = _plain_state(base.net)
+    for n, w in models.items():
+        if w.net is base.net or not _adapted(w): continue
+        mine = _plain_state(w.net)
+        if mine.keys() == there.keys() and all(there[k].to(v).equal(v) for k, v in mine.items()): continue
+        raise ValueError(f"subjects: {n!r} has another base model than the rest; evaluate it alone, or give pipe= to compare all with it")
+
+def _base_of(subjects, models, pipe, how):
+    "The base model of an examination; one that is read here, in the precision and on the device of the first pipeline it is compared with."
+    source = _base_name(subjects, pipe)
+    if source is None: source = _own_base(subjects, models) or "tiny"
+    first = next(iter(models.values()), None)
+    like = dict(dtype=first.net.dtype, device=first.pipe.device) if first is not None and isinstance(source, (str, Path)) else {}
+    base = open_model(source, how.height, how.width, **like)
+    if pipe is None: _check_one_base(base, subjects, models)
+    return base
+
+# %% ../nbs/11_evaluate.ipynb #1562236d
 def each(
     subjects:dict,  # name -> a pipeline, a `Run`, a LoRA folder or a run folder
     pipe,  # base model; None: see `evaluate`
     how:Drawing,
 ):  # yields name, Model, and the Model to measure the drift from (None: itself without its adapter)
-    "The base model and then each subject; adapters are mounted on the base in turn, pipelines used as they are."
-    pipe = _base_name(subjects, pipe)
-    whole = {n: _as_model(s, how) for n, s in subjects.items()}
-    models = [w for w in whole.values() if w is not None]
-    if any(w.pipe is getattr(pipe, "pipe", pipe) for w in models):
-        raise ValueError("pipe: the base model is one of the subjects; give its name or folder, or another copy of it")
-    base = _open_base(pipe, models, how)
-    adapters = {n: check_fit(base, read_adapter(s), n) for n, s in subjects.items() if whole[n] is None}  # before the first picture is drawn
-    yield "base", mount(base, {}), None
-    for n, w in whole.items():
-        if w is None: yield n, mount(base, adapters[n], n), None
-        else: yield n, w, None if getattr(w.net, "peft_config", None) else mount(base, {})
-    mount(base, {})
+    "The base model, then each subject: adapters mounted on the base in turn, pipelines as they are. Closed, it leaves all as it found it."
+    models = {n: w for n, s in subjects.items() if (w := _as_model(s, how)) is not None}
+    base = _base_of(subjects, models, pipe, how)
+    adapters = {n: check_fit(base, read_adapter(s), n) for n, s in subjects.items() if n not in models}  # before the first picture is drawn
+    with without_adapters(base.net): yield "base", base, None
+    for n in subjects:
+        if n in adapters:
+            with without_adapters(base.net): yield n, mount(base, adapters[n], n), None
+        elif _adapted(models[n]) or models[n].net is base.net: yield n, models[n], None
+        else:
+            with without_adapters(base.net): yield n, models[n], base
 
 # %% ../nbs/11_evaluate.ipynb #d396b506
 def _texts(prompts, num_samples):
@@ -377,6 +411,11 @@ def _measuring(rewards, diversity, clip, with_drift):
     judge = ClipJudge(lambda: read_clip(clip), crop_pixels) if diversity else None
     return dict(rewards=tuple(map(get_reward, rewards)), judge=judge, with_drift=with_drift)
 
+def _warn(what, clip, base, texts):
+    "A word where judges of emoji are asked about other pictures."
+    judges = [r.name for r in what["rewards"]] + [f"{clip=} (the diversity)"] * (what["judge"] is not None)
+    warn_of_emoji_judges(judges, base.pipe, [t for exam in texts.values() for t in exam])
+
 # %% ../nbs/11_evaluate.ipynb #599012e4
 def evaluate(
     subjects,  # a pipeline, a `Run`, a LoRA folder, a run folder, or several: a list, or a dict name -> subject
@@ -384,7 +423,7 @@ def evaluate(
     rewards=("tiny_aesthetic", "gold", "clip_named"),  # names or callables, trained on or not
     num_samples:int=48,  # pictures of each subject and prompt set, prompts in order and repeated
     how:Drawing|None=None,  # the same for all subjects; None: as the first run among them draws its evaluations, else `FINAL`
-    pipe=None,  # base model: a name, a folder, a hub id or a loaded pipeline, whose adapter is replaced; None: what the runs name, else 'tiny'
+    pipe=None,  # base model: a name, a folder, a hub id or a loaded pipeline; None: what the runs name, else the given pipeline without its adapter, or 'tiny'
     diversity:bool=True,  # mean distance (1 - cosine) of two pictures in CLIP's space: of any two, and of two of one prompt
     with_drift:bool=True,  # nats a step from the base model, mean over steps, at eta=1 where eta is 0; see `judges.drift`
     confidence:float=0.95,  # of the intervals
@@ -395,11 +434,13 @@ def evaluate(
     subjects = _named(subjects)
     texts, how, what = _texts(prompts, num_samples), how_of(subjects, how, changes), _measuring(rewards, diversity, clip, with_drift)
     rows, against = [], {}
-    for name, model, reference in each(subjects, pipe, how):
-        for exam, t in texts.items():
-            measured = measure(model, t, how, base=reference, **what)
-            rows += [dict(subject=name, prompts=exam, **row) for row in rows_of(measured, against.get(exam), confidence)]
-            against.setdefault(exam, measured)  # the base model comes first
+    with closing(each(subjects, pipe, how)) as models:
+        for name, model, reference in models:
+            if not against: _warn(what, clip, model, texts)
+            for exam, t in texts.items():
+                measured = measure(model, t, how, base=reference, **what)
+                rows += [dict(subject=name, prompts=exam, **row) for row in rows_of(measured, against.get(exam), confidence)]
+                against.setdefault(exam, measured)  # the base model comes first
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_evaluate.ipynb #ec824eac
@@ -441,7 +482,8 @@ def side_by_side(
     "A row a subject, a column a prompt: the same prompts and noise from top to bottom."
     subjects = _named(subjects)
     texts, how = next(iter(_texts(prompts, max(2, num_samples)).values()))[:num_samples], how_of(subjects, how, changes)
-    rows = {name: image_grid(draw(model, texts, how), len(texts)) for name, model, _ in each(subjects, pipe, how)}
+    with closing(each(subjects, pipe, how)) as models:
+        rows = {name: image_grid(draw(model, texts, how), len(texts)) for name, model, _ in models}
     return _page(rows, texts, width)
 
 # %% ../nbs/11_evaluate.ipynb #0c50e463
@@ -455,13 +497,14 @@ def mixing_path(
     "What every mixture on the line from a to b is worth, and how far it is from the base model."
     coefficients, ends = [_coefficient(x) for x in coefficients], _named({"a": a, "b": b})
     how, what = how_of(ends, how, changes), _measuring(rewards, diversity, clip, with_drift)
-    base = open_model(_base_name(ends, pipe), how.height, how.width)
+    base = _base_of(ends, {n: w for n, s in ends.items() if (w := _as_model(s, how)) is not None}, pipe, how)
     a, b = (check_fit(base, read_adapter(s), n) for s, n in ((a, "a"), (b, "b")))
-    rows = []
-    for exam, t in _texts(prompts, num_samples).items():
-        against = measure(mount(base, {}), t, how, **what)
-        for x in coefficients:
-            measured = measure(mount(base, mix_adapters(a, b, x)), t, how, **what)
-            rows += [dict(coefficient=x, prompts=exam, **row) for row in rows_of(measured, against, confidence)]
-    mount(base, {})
+    rows, texts = [], _texts(prompts, num_samples)
+    _warn(what, clip, base, texts)
+    with without_adapters(base.net):
+        for exam, t in texts.items():
+            against = measure(mount(base, {}), t, how, **what)
+            for x in coefficients:
+                measured = measure(mount(base, mix_adapters(a, b, x)), t, how, **what)
+                rows += [dict(coefficient=x, prompts=exam, **row) for row in rows_of(measured, against, confidence)]
     return pd.DataFrame(rows)
