@@ -174,7 +174,7 @@ def test_defaults_are_defaults_where_nothing_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_config", given)
     for how in ({}, dict(out=tmp_path / "new", resume=True)):
         with pytest.raises(Enough): ddpo.train(**how)
-        assert seen[-2] == (ddpo.DDPOConfig(), "tiny", "jpeg_compressibility", "simple_animals")
+        assert seen[-2] == (ddpo.DDPOConfig(eval_prompts="heldout_animals"), "tiny", "jpeg_compressibility", "simple_animals")
 
 
 def test_other_settings_from_an_epoch_on(pipe_folder, begun, tmp_path):
