@@ -87,9 +87,14 @@ def get_sampler(
 ):  # the sampler
     "The sampler of a run by its name, ready for S steps."
     most = model.scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= most:
-        raise ValueError(f"num_inference_steps: 1 to {most} for this pipeline, got {num_inference_steps}")
+    whole = isinstance(num_inference_steps, (int, np.integer)) and not isinstance(num_inference_steps, bool)
+    if not whole or not 1 <= num_inference_steps <= most:
+        raise ValueError(f"num_inference_steps: a whole number, 1 to {most} for this pipeline, got {num_inference_steps!r}")
     model.scheduler.set_timesteps(num_inference_steps)
+    first = int(max(model.scheduler.timesteps))
+    if first >= most:  # with steps_offset=1 the thousandth step would start at timestep 1000, and the last one is 999
+        raise ValueError(f"num_inference_steps: {num_inference_steps} steps of this scheduler begin at timestep {first}, and its last is "
+                         f"{most - 1}; take fewer steps")
     return lookup(SAMPLERS, name, "sampler")(model.scheduler, eta)
 
 # %% ../nbs/02_mdp.ipynb #c9a1318f

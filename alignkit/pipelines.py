@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'FAMILIES', 'ATTENTION', 'WEIGHTS', 'data_dir', 'quiet', 'cast', 'lookup', 'modules_of', 'family', 'load',
-           'encode', 'decode', 'Cond', 'Model', 'latent_shape', 'ddim_scheduler', 'open_sd', 'open_model', 'guided',
-           'add_lora', 'adapter_off', 'part_name', 'lora_state', 'save_lora', 'read_lora', 'load_lora']
+           'tell_cut', 'encode', 'decode', 'Cond', 'Model', 'latent_shape', 'ddim_scheduler', 'open_sd', 'open_model',
+           'guided', 'add_lora', 'adapter_off', 'part_name', 'lora_state', 'save_lora', 'read_lora', 'load_lora']
 
 # %% ../nbs/01_pipelines.ipynb #353297a0
 from contextlib import contextmanager
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Callable
-import json
+from weakref import WeakKeyDictionary
+import json, warnings
 import torch
 from torch import Tensor, nn
 from .compat import lora_metadata
@@ -116,6 +117,28 @@ def load(
     for part in modules_of(pipe): part.requires_grad_(False).eval()
     return pipe if device is None else pipe.to(device)
 
+# %% ../nbs/01_pipelines.ipynb #b472f975
+_TOLD = WeakKeyDictionary()  # tokenizer -> prompts of which it was said that they are cut off
+
+def tell_cut(
+    pipe,  # with one tokenizer or more
+    prompts:list[str],
+    quietly:bool=False,  # not a word, and never again
+) -> list[str]:  # those of which it was not said before
+    "Say which prompts are longer than what a text encoder reads: two that differ past its last token are one context."
+    cut = {}
+    for tok in filter(None, (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))):
+        told, most = _TOLD.setdefault(tok, set()), tok.model_max_length
+        new = [p for p in dict.fromkeys(prompts) if p not in told and len(p.encode()) + 2 > most]  # a token is a byte at least
+        long = [p for p, ids in zip(new, tok(new, verbose=False).input_ids) if len(ids) > most] if new else []
+        told.update(long)
+        cut |= dict.fromkeys(long, most)
+    if cut and not quietly:
+        first, most = next(iter(cut.items()))
+        warnings.warn(f"prompts: {len(cut)} of {len(set(prompts))} have more than the {most} tokens that the text encoder reads, "
+                      f"and their ends are cut off; the first is {first!r}")
+    return list(cut)
+
 # %% ../nbs/01_pipelines.ipynb #b831ae0f
 @torch.no_grad()
 def encode(
@@ -124,6 +147,7 @@ def encode(
 ) -> Tensor:  # (B, L, d); L = 77, d = 768 for SD 1.x
     "Prompts to what the UNet's cross-attention reads: the text encoder's last hidden state."
     distinct = list(dict.fromkeys(prompts))
+    tell_cut(pipe, distinct)
     tok = pipe.tokenizer
     ids = tok(distinct, padding="max_length", max_length=tok.model_max_length, truncation=True, return_tensors="pt").input_ids
     embeds = pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]

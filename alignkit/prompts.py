@@ -139,6 +139,7 @@ def metadata_of(
         raise ValueError(f"{asking} asks for metadata, and these prompts have none: give a table of prompts with further columns")
     return found
 
+# %% ../nbs/04_prompts.ipynb #df0fdaf2
 class Prompts:
     "A source of contexts: a name, the texts (when there is a list), and a stateless draw."
     def __init__(self,
@@ -199,9 +200,11 @@ def _found(prompts, column):
     if callable(prompts): return Prompts(getattr(prompts, "__name__", type(prompts).__name__), fn=prompts)
     if isinstance(prompts, (str, Path)): return _named(ALIASES.get(prompts, prompts), column)
     if rows := _rows(prompts): return _of_rows(rows, column, f"table of {len(rows)}")
-    if hasattr(prompts, "__getitem__") and hasattr(prompts, "__len__") and not isinstance(prompts, (dict, bytes)): return _listed(list(prompts))
+    in_order = hasattr(prompts, "__getitem__") and hasattr(prompts, "__len__")
+    if in_order and not isinstance(prompts, (dict, bytes)): return _listed(list(prompts))
     raise TypeError(f"prompts: a name, a file, a list, a table or a callable, got {type(prompts).__name__}")
 
+# %% ../nbs/04_prompts.ipynb #06604f99
 def get_prompts(
     prompts,  # a name of `prompt_names`, a file (one prompt a line, or a table), a list, a table, or a callable: torch.Generator -> prompt
     column:str|None=None,  # of a table: where its prompts are; None: 'prompt', 'text' or 'caption'
@@ -221,6 +224,7 @@ def _not_blank(texts):
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")  # files that are no plain text, read at the end of the page
 PROMPT_COLUMNS = ("prompt", "text", "caption")  # where a table has its prompts, unless `column` says otherwise
 
+# %% ../nbs/04_prompts.ipynb #d58b3fbb
 def _rows(table):
     "The rows of a table in memory: of pandas, of datasets or pyarrow, or a list of dicts; None for anything else."
     if isinstance(getattr(table, "column_names", None), dict):

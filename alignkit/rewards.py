@@ -6,18 +6,21 @@
 __all__ = ['jpeg_incompressibility', 'jpeg_compressibility', 'kit_clip', 'CLIP_MEAN', 'CLIP_STD', 'clip_named', 'clip_diversity',
            'clip_diversity_all', 'REWARDS', 'UNITS', 'to_uint8', 'jpeg_size_kb', 'check_images', 'Reward', 'load_clip',
            'embed_images', 'embed_texts', 'name_images', 'with_unit', 'weighted_sum', 'get_reward', 'get_rewards',
-           'with_gradient', 'RewardError', 'NonFiniteReward', 'score', 'not_a_number', 'check_alone']
+           'with_gradient', 'RewardError', 'NonFiniteReward', 'score', 'not_a_number', 'check_alone', 'networks_of',
+           'at_rest']
 
 # %% ../nbs/05_rewards.ipynb #cdb05f76
 import inspect, io, math, operator, os, re, tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from numbers import Number
+from types import CellType, ModuleType
 import numpy as np
 import torch
 from PIL import Image
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from .clip_files import read_clip, read_tokenizer
 from .pipelines import lookup
 from .prompts import TINY_ANIMALS, article, metadata_of
@@ -79,6 +82,7 @@ def _asks_metadata(fn):
     try: return "metadata" in inspect.signature(getattr(fn, "forward", fn)).parameters  # a module's own call says nothing of its arguments
     except (TypeError, ValueError): return False
 
+# %% ../nbs/05_rewards.ipynb #11e6eb08
 class Reward:
     "A callable (images, prompts) -> rewards with a name. Sums, differences and multiples of rewards are rewards."
     def __init__(self,
@@ -94,7 +98,6 @@ class Reward:
         if not self.asks_metadata: return self.fn(images, prompts)
         return self.fn(images, prompts, metadata=metadata_of(prompts, self.name))
     def __repr__(self): return f"Reward({self.name!r}, differentiable={self.differentiable})"
-
     def _with(self, other, op, name):
         "Both sides are checked, each by itself, so that an error names the part at fault; NaN is left to the sum's own check."
         if isinstance(other, Number):
@@ -279,6 +282,7 @@ def get_reward(
     if not isinstance(reward, str): raise TypeError(f"reward: a name, a callable or a dict of weights, got {type(reward).__name__}")
     return _registered(reward)
 
+# %% ../nbs/05_rewards.ipynb #398c4540
 def get_rewards(
     rewards,  # one, or several: see `get_reward`
     what:str="rewards",  # the argument's name, for the message
@@ -320,6 +324,7 @@ def score(
     if finite and not r.isfinite().all(): raise NonFiniteReward(not_a_number(reward, images, prompts, r, epoch))
     return r
 
+# %% ../nbs/05_rewards.ipynb #6857c937
 def _where(reward, epoch): return f"reward {reward.name!r}" + (f", epoch {epoch}" if epoch is not None else "")
 
 def _numbers(r, prompts, where):
@@ -375,3 +380,44 @@ def check_alone(
     raise RewardError(f"{_where(reward, epoch)}: a picture of {prompts[some[i]]!r} gets {there[i]:.4g} among {len(r)} pictures and "
                       f"{alone[i]:.4g} among {len(some)}, and how many are scored at a time must not change what is learned; judge each "
                       "picture by itself (advantages are standardised anyway), and give what judges a set as one of eval_rewards")
+
+# %% ../nbs/05_rewards.ipynb #5d1f0b7f
+def _held(thing):
+    "What a function or an object holds, one step further in: where the networks of a reward may be."
+    if isinstance(thing, dict): return list(thing.values())
+    if isinstance(thing, (list, tuple)): return list(thing)
+    if isinstance(thing, partial): return [thing.func, *thing.args, *thing.keywords.values()]
+    if inspect.ismethod(thing): return [thing.__self__, thing.__func__]
+    if inspect.isfunction(thing):
+        cells = [c.cell_contents for c in thing.__closure__ or () if c != CellType()]
+        return [*cells, *(thing.__globals__[n] for n in thing.__code__.co_names if n in thing.__globals__), *(thing.__defaults__ or ())]
+    plain = isinstance(thing, (type, ModuleType, str, Number, Tensor, np.ndarray)) or not hasattr(thing, "__dict__")
+    return [] if plain else list(vars(thing).values())
+
+def _leaves(reward): return [leaf for part in reward.parts for leaf in _leaves(part)] or [reward]
+
+def networks_of(
+    *rewards,  # `Reward`s
+    but:tuple=(),  # networks that are none of theirs, such as those of the pipeline
+) -> list[nn.Module]:
+    "The networks that rewards ask: a reward itself, an attribute of it, or what its function sees."
+    found, seen, todo = [], {id(m) for m in but}, [r.fn for reward in rewards for r in _leaves(reward)]
+    for _ in range(4):  # steps in
+        todo = [x for x in todo if id(x) not in seen]
+        seen.update(map(id, todo))
+        found += [x for x in todo if isinstance(x, nn.Module)]
+        todo = [y for x in todo if not isinstance(x, nn.Module) for y in _held(x)]
+    return found
+
+@contextmanager
+def at_rest(
+    networks:list[nn.Module],
+):
+    "Inside, they are judges: frozen and in evaluation mode, without dropout. Afterwards each part is as it was."
+    modes = [(part, part.training) for network in networks for part in network.modules()]
+    wants = [(p, p.requires_grad) for network in networks for p in network.parameters()]
+    for network in networks: network.eval().requires_grad_(False)
+    try: yield
+    finally:
+        for part, training in modes: part.training = training
+        for p, wanted in wants: p.requires_grad_(wanted)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .mdp import generator_for
 from .pipelines import Cond, Model, guided, lookup
 from .runs import Run
+from .training import config_of, tell_if_flat
 from .training import Clock, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
 from .training import record, report, sample, sampling_phases, setup, update, update_phases
 
@@ -142,9 +143,12 @@ def weigh(
     rewards:Tensor, texts:list[str],  # of all pictures of the epoch
 ) -> tuple[Tensor, list[int]]:  # (B,) weights, and the pictures to train on
     "What each picture counts."
-    prompts = texts if cfg.per_prompt else None
-    if cfg.weights == "softmax": return rwr_weights(rewards, cfg.beta, prompts), list(range(len(rewards)))
-    weights = sparse_weights(rewards, cfg.share, prompts)
+    there, weights = rewards.isfinite().nonzero().flatten(), torch.zeros(len(rewards))  # without a finite reward a picture counts nothing
+    prompts = [texts[i] for i in there.tolist()] if cfg.per_prompt else None
+    if cfg.weights == "softmax":
+        weights[there] = rwr_weights(rewards[there], cfg.beta, prompts)
+        return weights, there.tolist()
+    weights[there] = sparse_weights(rewards[there], cfg.share, prompts)
     return weights, weights.nonzero().flatten().tolist()
 
 # %% ../nbs/07_rwr.ipynb #5932a6c2
@@ -212,7 +216,7 @@ def train(
     callbacks:tuple=(),  # each called as callback(run, row) after an epoch; a true answer stops the run
 ) -> Run:
     "Reward-weighted regression from start to end: sample, score, weigh, regress, record."
-    cfg = (cfg or RWRConfig()).check()
+    cfg = config_of(RWRConfig, cfg)
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks) as job:
         T = job.model.scheduler.config.num_train_timesteps
         for epoch in epochs(job):
@@ -221,6 +225,7 @@ def train(
             texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
             latents, rewards, images, seconds = gather(job, epoch, mine, texts)
             weights, kept = weigh(cfg, rewards, texts)
+            tell_if_flat(job, epoch, rewards, bool((weights[kept] == weights[kept[0]]).all()))
             x0, place = shared(job, latents, mine, kept), {i: k for k, i in enumerate(kept)}
 
             def loss_of(pictures, counts, inner):
