@@ -225,7 +225,7 @@ def train(
             texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
             latents, rewards, images, seconds = gather(job, epoch, mine, texts)
             weights, kept = weigh(cfg, rewards, texts)
-            tell_if_flat(job, epoch, rewards, bool((weights[kept] == weights[kept[0]]).all()))
+            tell_if_flat(job, epoch, rewards, bool((rewards == rewards[kept[0]]).all()))
             x0, place = shared(job, latents, mine, kept), {i: k for k, i in enumerate(kept)}
 
             def loss_of(pictures, counts, inner):

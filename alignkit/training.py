@@ -337,7 +337,7 @@ def tell_if_flat(
     r = rewards[rewards.isfinite()]
     if not flat or not len(r) or "flat" in job.now.told: return
     job.now.told.add("flat")
-    why = f"all {len(r)} are {r[0]:.9g}" if bool((r == r[0]).all()) else "they are equal within each prompt"
+    why = f"all {len(r)} are {r[0]:.9g}" if bool((r == r[0]).all()) else "within each prompt they are equal, or there is one only"
     steps = float(np.spacing(np.float32(r[0].abs().item()))) if r.dtype == torch.float32 else 0.
     digits = f"; float32 tells numbers of this size apart in steps of {steps:.2g}, so return float64" if steps > 1e-3 else ""
     warnings.warn(f"reward {job.reward.name!r}, epoch {epoch}: nothing can be learned from these rewards, since {why}{digits}")
