@@ -87,12 +87,19 @@ def family(
     raise TypeError(f"pipe: a name, a folder, a hub id or one of {known}; got {type(pipe).__name__}")
 
 # %% ../nbs/01_pipelines.ipynb #b472f974
+def _variant(source):
+    "'fp16' of a folder that holds its network under that name only, as 'diffusion_pytorch_model.fp16.safetensors'; None: plain names."
+    files = [f.name.split(".") for part in ("unet", "transformer") for f in Path(source).glob(f"{part}/diffusion_pytorch_model*.*")]
+    weights = [name for name in files if name[-1] in ("safetensors", "bin")]
+    return next((name[1] for name in weights if len(name) > 2), None) if all(len(name) > 2 for name in weights) else None
+
 def _read(source, dtype):
     "A pipeline from a folder or the hub, without its safety checker."
     with quiet():
         from diffusers import DiffusionPipeline
         checked = DiffusionPipeline.load_config(source).get("_class_name") == "StableDiffusionPipeline"
-        pipe = DiffusionPipeline.from_pretrained(source, **dict(safety_checker=None, requires_safety_checker=False) if checked else {})
+        without = dict(safety_checker=None, requires_safety_checker=False) if checked else {}
+        pipe = DiffusionPipeline.from_pretrained(source, variant=_variant(source), **without)
     family(pipe)
     for part in modules_of(pipe): cast(part, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -106,7 +113,10 @@ def load(
     "One way in for every text-to-image model the kit works on."
     if isinstance(pipe, (str, Path)):
         name = str(pipe)
-        source = data_dir() / PIPELINES[name] if name in PIPELINES else pipe
+        source = data_dir() / PIPELINES[name] if name in PIPELINES else Path(name).expanduser() if name.startswith("~") else pipe
+        if Path(source).is_file():
+            raise ValueError(f"pipe: {name!r} is a single file; read it with diffusers' StableDiffusionPipeline.from_single_file (for SDXL "
+                             "StableDiffusionXLPipeline's), and give the pipeline that comes out")
         if not Path(source).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise ValueError(f"pipe: {name!r} is no folder and no pipeline the kit knows; give {', '.join(map(repr, PIPELINES))}, "
                              f"a folder with a model_index.json, a hub id 'owner/name', or a loaded pipeline ({', '.join(FAMILIES)})")

@@ -368,14 +368,14 @@ def check_alone(
 ):
     "Refuse a reward that gives a picture another number in other company: up to four are asked again by themselves."
     order = [i for i in r.argsort().tolist() if r[i].isfinite()]
-    some = order[1:1 + min(4, len(order) - 2)] or order[:1]  # neither the best nor the worst, if there are others
+    some = order[1:1 + max(2, min(4, len(order) // 2))]  # of the lower half, since a batch of the middle may have the same mean
     if len(r) < 2 or not some: return
     def again(): return score(reward, images[some], [prompts[i] for i in some], epoch, finite=False).detach().double().cpu()
     answers, there, alone = r.detach().double().cpu(), r[some].detach().double().cpu(), again()
     rounding = 1e-6 if r.dtype == torch.float64 else 4e-3  # a network in half precision also rounds otherwise in another batch
     allowed = 0.05 * answers[order].std(correction=0) + rounding * answers[order].abs().max()
     off = ~((alone - there).abs() <= allowed)
-    if off.sum() <= len(some) / 2: return
+    if 2 * off.sum() < len(some): return  # a single answer may fall on the other side of a threshold
     twice = again()
     if (~((twice - alone).abs() <= allowed) & ~(twice.isnan() & alone.isnan())).any(): return  # another number each time
     i = off.nonzero()[0].item()

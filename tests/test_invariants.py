@@ -362,7 +362,7 @@ def test_a_reward_may_be_any_module_and_is_asked_in_its_own_precision(pipe_folde
         seen.append((torch.is_autocast_enabled("cpu"), images.dtype, r.dtype, r.requires_grad))
         return r
     run = go(pipe_folder, reward=reward, mixed_precision="bf16", num_epochs=2)
-    assert set(seen) == {(False, torch.float32, torch.float32, False)} and len(seen) == 2 * 2 + 2 + 1  # two batches an epoch, two evaluations, the first batch again
+    assert set(seen) == {(False, torch.float32, torch.float32, False)} and len(seen) == 2 * 2 + 2 + 1  # two batches an epoch, two evaluations, one again
     assert np.isfinite(run.history.reward_mean).all() and np.isfinite(run.history.eval_reward_mean.iloc[-1])
 
 
