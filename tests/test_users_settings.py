@@ -1,22 +1,21 @@
 "What users give: settings, rewards and prompts. Right values are those of numpy, plain torch, or a run without the fault."
-import json, shutil, warnings
-from dataclasses import replace
+import shutil, warnings
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch.testing import assert_close
-from alignkit import alignprop, ddpo, rewards, rwr
+from alignkit import alignprop, ddpo, rwr
 from alignkit.evaluate import evaluate
-from alignkit.mdp import draw
 from alignkit.pipelines import encode, load
 from alignkit.prompts import Prompt, get_prompts
 from alignkit.rewards import REWARDS, Reward, RewardError, check_alone, get_reward, get_rewards, score
 from alignkit.runs import read_run
 from conftest import PROMPTS, bits, brightness, updates_of
 
-FEW = dict(num_epochs=1, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=2, updates_per_epoch=1, learning_rate=1e-2, fast="onednn")
+FEW = dict(num_epochs=1, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=2, updates_per_epoch=1, learning_rate=1e-2,
+           fast="onednn")
 METHODS = [(ddpo, ddpo.DDPOConfig), (rwr, rwr.RWRConfig), (alignprop, alignprop.AlignPropConfig)]
 IDS = ["ddpo", "rwr", "alignprop"]
 three, words = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), ["a cat", "a dog", "a cat"]
@@ -44,7 +43,8 @@ def test_float64_rewards_keep_their_differences(pipe_folder):
         assert_close(runs[1].grad_norm, runs[0].grad_norm, rtol=1e-4, atol=0)
         assert_close(runs[1].reward_std, runs[0].reward_std, rtol=1e-5, atol=0)
     r = np.array([3., 1., 2.]) + 1e9
-    assert_close(ddpo.BatchStats().advantages(words, torch.from_numpy(r)).numpy(), ((r - r.mean()) / r.std()).astype(np.float32), rtol=1e-4, atol=0)
+    A = ddpo.BatchStats().advantages(words, torch.from_numpy(r)).numpy()
+    assert_close(A, ((r - r.mean()) / r.std()).astype(np.float32), rtol=1e-4, atol=0)
 
 
 def test_rewards_without_differences_are_told(pipe_folder):
@@ -70,7 +70,7 @@ def ranked(images, prompts): return brightness(images, prompts).argsort().argsor
                          ids=["standardised", "over the best", "ranked"])
 def test_a_reward_that_depends_on_its_batch_is_refused(pipe_folder, module, kind, reward):
     if module is alignprop and reward is ranked: pytest.skip("a rank has no gradient")
-    with pytest.raises(RewardError, match="by themselves|judge each picture by itself"): go(pipe_folder, module, kind, reward, micro_batch_size=8)
+    with pytest.raises(RewardError, match="judge each picture by itself"): go(pipe_folder, module, kind, reward, micro_batch_size=8)
 
 
 def test_rewards_that_do_not_depend_on_their_batch_are_let_through():
@@ -185,7 +185,8 @@ def test_a_picture_without_a_reward_teaches_nothing():
 
 def test_every_built_in_reward_checks_its_pictures():
     for name in REWARDS:
-        with pytest.raises(ValueError, match=r"pixels must be in \[0, 1\], got -"): get_reward(name)(2 * torch.rand(2, 3, 64, 64) - 1, ["a cat"] * 2)
+        with pytest.raises(ValueError, match=r"pixels must be in \[0, 1\], got -"):
+            get_reward(name)(2 * torch.rand(2, 3, 64, 64) - 1, ["a cat"] * 2)
 
 
 # settings --------------------------------------------------------------------------------------------------------------------------
@@ -197,8 +198,9 @@ def test_numbers_of_numpy_paths_and_single_things(pipe_folder, tmp_path, monkeyp
     "Stored as plain ones; the run is that of the plain settings."
     (tmp_path / "eval.txt").write_text("a cow\n")
     monkeypatch.setenv("HOME", str(tmp_path))
-    odd = dict(seed=np.int64(3), learning_rate=np.float64(1e-2), num_epochs=torch.tensor(1), eval_kl=np.bool_(True), eval_every=np.int8(1), eval_samples=2,
-               lora_targets="to_q", eval_rewards=dark, eval_prompts=Path("~/eval.txt"), early_stop="dark", early_stop_drop=np.float32(10.))
+    odd = dict(seed=np.int64(3), learning_rate=np.float64(1e-2), num_epochs=torch.tensor(1), eval_kl=np.bool_(True),
+               eval_every=np.int8(1), eval_samples=2, lora_targets="to_q", eval_rewards=dark, eval_prompts=Path("~/eval.txt"),
+               early_stop="dark", early_stop_drop=np.float32(10.))
     run = go(pipe_folder, out=tmp_path / "run", **odd)
     plain = dict(odd, seed=3, learning_rate=1e-2, num_epochs=1, eval_kl=True, eval_every=1, lora_targets=("to_q",), eval_rewards=(dark,),
                  eval_prompts=("a cow",), early_stop_drop=10.)
@@ -212,14 +214,16 @@ def test_numbers_of_numpy_paths_and_single_things(pipe_folder, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(seed=-1), "seed: "), (dict(seed=1.5), "seed: a whole number, got 1.5"), (dict(seed=True), "seed: "), (dict(num_epochs="3"), "num_epochs: "),
-    (dict(num_inference_steps=0), "num_inference_steps: "), (dict(num_inference_steps=1000), "num_inference_steps: "), (dict(learning_rate="1e-3"), "learning_rate: "),
-    (dict(learning_rate=float("nan")), "learning_rate: "), (dict(learning_rate=float("inf")), "learning_rate: "), (dict(lora_alpha=0.), "lora_alpha: "),
-    (dict(guidance_scale=None), "guidance_scale: "), (dict(adam_beta1=1.), "adam_beta1: "), (dict(adam_weight_decay=-1.), "adam_weight_decay: "),
-    (dict(max_skipped=-1), "max_skipped: "), (dict(progress="no"), "progress: True or False"), (dict(height=64.5), "height: "),
+    (dict(seed=-1), "seed: "), (dict(seed=1.5), "seed: a whole number, got 1.5"), (dict(seed=True), "seed: "),
+    (dict(num_epochs="3"), "num_epochs: "), (dict(num_inference_steps=0), "num_inference_steps: "),
+    (dict(num_inference_steps=1000), "num_inference_steps: "), (dict(learning_rate="1e-3"), "learning_rate: "),
+    (dict(learning_rate=float("nan")), "learning_rate: "), (dict(learning_rate=float("inf")), "learning_rate: "),
+    (dict(lora_alpha=0.), "lora_alpha: "), (dict(guidance_scale=None), "guidance_scale: "), (dict(adam_beta1=1.), "adam_beta1: "),
+    (dict(adam_weight_decay=-1.), "adam_weight_decay: "), (dict(max_skipped=-1), "max_skipped: "),
+    (dict(progress="no"), "progress: True or False"), (dict(height=64.5), "height: "),
     (dict(eval_every=1, eval_rewards="gould"), "reward: 'gould'"), (dict(lora_targets="to_nothing"), "lora_targets: "),
     (dict(eval_every=1, eval_prompts="a cat"), "eval_prompts: 'a cat' is neither"),
-    (dict(eval_every=1, eval_rewards=(dark, lambda i, p: dark(i, p), lambda i, p: brightness(i, p))), "eval_rewards: two are called '<lambda>'"),
+    (dict(eval_every=1, eval_rewards=(lambda i, p: dark(i, p), lambda i, p: brightness(i, p))), "eval_rewards: two are called '<lambda>'"),
     (dict(eval_every=1, eval_rewards=(Reward(dark, "reward"),)), "eval_rewards: the name 'reward'"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_impossible_settings_are_refused_by_name(pipe_folder, tmp_path, changes, words):
@@ -231,7 +235,8 @@ def test_a_config_of_another_method_is_refused(pipe_folder):
     for module, kind in METHODS:
         for other, _ in METHODS:
             if other is not module:
-                with pytest.raises(TypeError, match=f"cfg: .*{kind.__name__}.*{module.__name__}.train"): other.train(pipe_folder, cfg=kind())
+                with pytest.raises(TypeError, match=f"cfg: .*{kind.__name__}.*{module.__name__}.train"):
+                    other.train(pipe_folder, cfg=kind())
         with pytest.raises(TypeError, match="without its brackets"): module.train(pipe_folder, cfg=kind)
         with pytest.raises(TypeError, match="cfg: .*got dict"): module.train(pipe_folder, cfg={})
 
@@ -239,7 +244,8 @@ def test_a_config_of_another_method_is_refused(pipe_folder):
 def test_two_rewards_of_one_name(pipe_folder):
     one, other = (lambda i, p: dark(i, p)), (lambda i, p: brightness(i, p))
     with pytest.raises(ValueError, match="two are called '<lambda>'"): get_reward({one: 1., other: 1.})
-    with pytest.raises(ValueError, match="rewards: two are called 'dark'"): evaluate("base", rewards=(dark, Reward(brightness, "dark")), num_samples=2, diversity=False)
+    with pytest.raises(ValueError, match="rewards: two are called 'dark'"):
+        evaluate("base", rewards=(dark, Reward(brightness, "dark")), num_samples=2, diversity=False)
     assert [r.name for r in get_rewards(dark)] == ["dark"]
     for bad in (float("nan"), "2", None, True):
         with pytest.raises(ValueError, match="weights of a sum are finite numbers"): get_reward({dark: bad})
@@ -247,7 +253,8 @@ def test_two_rewards_of_one_name(pipe_folder):
 
 # prompts ---------------------------------------------------------------------------------------------------------------------------
 
-ROWS = [{"prompt": "a cat, sitting", "tag": "one", "count": 1}, {"prompt": "NA", "tag": "two", "count": 2}, {"prompt": "  ", "tag": "blank", "count": 3}]
+ROWS = [{"prompt": "a cat, sitting", "tag": "one", "count": 1}, {"prompt": "NA", "tag": "two", "count": 2},
+        {"prompt": "  ", "tag": "blank", "count": 3}]
 
 
 def test_tables_of_prompts(tmp_path):
@@ -275,10 +282,14 @@ def test_parquet_and_datasets(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("a.txt", "prompt,tag\na cat,x\n", "looks like a table"), ("a.txt", '{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "looks like a table"),
-    ("a.csv", "prompt,tag\na cat, sitting,animal\n", "no table with commas"), ("a.csv", "words\na cat\n", "no column called prompt, text, caption; say which"),
-    ("a.csv", "prompt;tag\na cat;x\n", "no column called"), ("a.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', "line 2, is not JSON"),
-    ("a.jsonl", '{"prompt": 3}\n', "must hold strings, got 3"), ("a.csv", "prompt,tag\n ,x\n", "has no prompt in its column"), ("a.csv", "", "no table"),
+    ("a.txt", "prompt,tag\na cat,x\n", "looks like a table"),
+    ("a.txt", '{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "looks like a table"),
+    ("a.csv", "prompt,tag\na cat, sitting,animal\n", "no table with commas"),
+    ("a.csv", "words\na cat\n", "no column called prompt, text, caption; say which"),
+    ("a.csv", "prompt;tag\na cat;x\n", "no column called"),
+    ("a.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', "line 2, is not JSON"),
+    ("a.jsonl", '{"prompt": 3}\n', "must hold strings, got 3"), ("a.csv", "prompt,tag\n ,x\n", "has no prompt in its column"),
+    ("a.csv", "", "no table"),
 ])
 def test_tables_that_cannot_be_read_are_refused(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
@@ -300,7 +311,8 @@ def test_metadata_reaches_a_reward_that_asks(pipe_folder, tmp_path):
     score(0.5 * get_reward(tagged) + 1, three[:1], [Prompt("NA", {"tag": "two"})])
     with pytest.raises(RewardError, match="'tagged'.*metadata.*have none"): score(get_reward(tagged), three, words)
     pd.DataFrame(ROWS[:2]).replace("one", "uno").to_csv(tmp_path / "a.csv", index=False)
-    with pytest.raises(ValueError, match="prompts_sha256"): go(pipe_folder, reward=tagged, prompts=tmp_path / "a.csv", out=tmp_path / "run", resume=True, num_epochs=2)
+    how = dict(reward=tagged, prompts=tmp_path / "a.csv", out=tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="prompts_sha256"): go(pipe_folder, num_epochs=2, **how)
 
 
 def said(fn):
@@ -319,7 +331,8 @@ def test_prompts_that_are_too_long_are_told_once(pipe_folder):
     assert said(lambda: encode(pipe, long)) == [] and said(lambda: encode(pipe, PROMPTS)) == []
     told = said(lambda: go(pipe_folder, prompts=["a cat", *long], num_epochs=2))
     assert len(told) == 1 and "2 of 3" in told[0]
-    assert len(said(lambda: go(pipe_folder, prompts=lambda g: f"{'cat ' * 100} {int(torch.randint(9, (), generator=g))}", num_epochs=2))) == 1
+    def drawn(g): return f"{'cat ' * 100} {int(torch.randint(9, (), generator=g))}"
+    assert len(said(lambda: go(pipe_folder, prompts=drawn, num_epochs=2))) == 1
 
 
 # files of a pipeline ---------------------------------------------------------------------------------------------------------------
