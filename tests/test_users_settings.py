@@ -172,6 +172,21 @@ def test_one_nan_is_left_out_by_every_method(pipe_folder, tmp_path, module, kind
         go(pipe_folder, module, kind, nan_for(1), max_skipped=0, **how)
 
 
+def test_one_nan_in_an_evaluation_is_left_out(pipe_folder):
+    "The mean is that of the others; a run that would stop there would stop there again after every resume."
+    whole = []
+    def first_is_nan(images, prompts):
+        r = brightness(images, prompts)
+        if prompts == ["a cow"] * 4:
+            whole.append(r)
+            r = torch.where(torch.arange(4) == 0, float("nan"), r)
+        return r
+    with pytest.warns(UserWarning, match="nan for prompt 'a cow' .*left out of this evaluation"):
+        run = go(pipe_folder, reward=first_is_nan, eval_every=1, eval_samples=4, eval_prompts=("a cow",))
+    assert_close(run.eval_base["eval_reward_mean"], whole[0][1:].mean().item(), rtol=1e-6, atol=0)
+    assert_close(run.eval_base["eval_reward_sem"], whole[0][1:].std().item() / 3**0.5, rtol=1e-5, atol=0)
+
+
 def test_a_picture_without_a_reward_teaches_nothing():
     "The others' weights and advantages are those of a batch without it, by the plain functions."
     r, prompts = torch.tensor([1., float("nan"), 3., 2.5]), ["a", "a", "b", "b"]
@@ -273,9 +288,9 @@ def test_tables_of_prompts(tmp_path):
 
 
 def test_parquet_and_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets, arrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
     pd.DataFrame(ROWS).to_parquet(tmp_path / "a.parquet")
-    table = datasets.Dataset.from_list(ROWS)
+    table = datasets.Dataset(arrow.Table.from_pylist(ROWS), fingerprint="rows")
     for source in (tmp_path / "a.parquet", table): assert [p.metadata["count"] for p in get_prompts(source).texts] == [1, 2]
     assert get_prompts(table["tag"]).texts == ["one", "two", "blank"]
     with pytest.raises(ValueError, match="several datasets in one"): get_prompts(datasets.DatasetDict(train=table))
