@@ -11,15 +11,16 @@ __all__ = ['STRATEGIES', 'PRESETS', 'kept_steps', 'keeping', 'backprop_rollout',
 # %% ../nbs/10_alignprop.ipynb #4664ae4c
 from dataclasses import dataclass, replace
 from pathlib import Path
+import warnings
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from .mdp import generator_for, policy, predict_original, walk
 from .pipelines import Model, lookup
-from .rewards import NonFiniteReward, RewardError, score
+from .rewards import NonFiniteReward, RewardError, check_alone, score
 from .runs import Run
 from .training import DATA, SHOWN, Clock, Default, Job, TrainConfig, accumulate, drawing_knobs, embed, epochs, evaluation_phase
-from .training import finish, halves, noise_of, not_finite, policy_of, record, settled, setup, stop_if_failed
+from .training import everyone, finish, halves, noise_of, not_finite, policy_of, record, settled, setup, stop_if_failed
 
 # %% ../nbs/10_alignprop.ipynb #a2f9a5fa
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")
@@ -140,18 +141,19 @@ class AlignPropConfig(TrainConfig):
     vae_slicing:int = 0  # pictures decoded at a time, recomputed on the way back; 0: all at once
     loss_coeff:float = 1.  # AlignProp: 0.01; with Adam it matters where the gradient is cut and in half precision
     reward_target:float|None = None  # None: loss -r; a number: |r - target| (AlignProp's aesthetic run: 10)
-    max_skipped:int = 10  # updates left out because of a reward or gradient that is not finite, before the run stops
 
     def check(self):
         "Refuse impossible settings before any work is done."
         super().check()
         self.need(self.method == "alignprop", "method", "'alignprop'")
+        self.whole("truncation_k", least=0)
         kept_steps(self.strategy, self.num_inference_steps, torch.Generator(), self.truncation_k)
         self.one_of("checkpointing", "none", "step")
         self.one_of("guidance_grad", "both", "text")
         self.whole("renoise")
         self.positive("loss_coeff")
-        self.whole("stored_steps", "vae_slicing", "max_skipped", least=0)
+        self.finite("loss_coeff", "reward_target")
+        self.whole("stored_steps", "vae_slicing", least=0)
         return self
 
     @property
@@ -223,15 +225,23 @@ def differentiable_pictures(
     return decode_sliced(job.model, latents, cfg.vae_slicing), texts
 
 # %% ../nbs/10_alignprop.ipynb #875832ba
+def _asked(job, epoch, images, texts):
+    "The rewards; of the run's first pictures some are asked again by themselves."
+    r = score(job.reward, images, texts, epoch)
+    with torch.no_grad():
+        if epoch == 0 and "alone" not in job.now.told: check_alone(job.reward, images, texts, r, epoch)
+    job.now.told.add("alone")
+    return r
+
 def finite_score(
     job:Job, epoch:int,
     images:Tensor, texts:list[str],  # as from `differentiable_pictures`
 ) -> Tensor|None:  # (B,) with a graph; None: a picture or a reward is not finite
-    "Score; a NaN leaves the update out, any other failure stops the run."
+    "Score; a NaN leaves the update out, with a word, any other failure stops the run."
     error, r = None, None
     if images.isfinite().all():
-        try: r = score(job.reward, images, texts, epoch).to(job.device)
-        except NonFiniteReward: pass
+        try: r = _asked(job, epoch, images, texts).to(job.device)
+        except NonFiniteReward as e: warnings.warn(f"{e}; this update is left out")
         except RewardError as e: error = e
     stop_if_failed(job, error, epoch, save_first=epoch > 0)
     if r is not None and not r.requires_grad:
@@ -292,7 +302,7 @@ def train(
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient=True, skipped=skipped) as job:
         for epoch in epochs(job):
             clock, texts = Clock(sample_s=0., reward_s=0.), [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
-            rewards, shown, updates, kept_count = torch.zeros(cfg.samples_per_epoch, device=job.device), [], [], []
+            rewards, shown, updates, kept_count = {}, [], [], []  # rewards by the picture's index
 
             def loss_of(pictures, kept):
                 with clock("sample_s"), job.accelerator.autocast():
@@ -300,7 +310,8 @@ def train(
                 with clock("reward_s"): r = finite_score(job, epoch, images, prompts)
                 room = min(len(pictures), SHOWN - sum(map(len, shown)))
                 if room > 0: shown.append(images.detach()[:room].clone())
-                rewards[pictures] = float("nan") if r is None else r.detach().view(-1, len(pictures)).mean(0)
+                seen = torch.full((len(pictures),), float("nan")) if r is None else r.detach().view(-1, len(pictures)).mean(0).cpu()
+                rewards.update(zip(pictures, seen))
                 if r is None: return images.mean() * 0, {}  # the other processes wait for this backward
                 return alignprop_loss(r, cfg.loss_coeff, cfg.reward_target).mean(), {}
 
@@ -311,12 +322,12 @@ def train(
                     kept_count.append(kept.sum().item())
                     batches = [(mine[at:at + cfg.micro_batch_size], kept) for at in range(0, len(mine), cfg.micro_batch_size)]
                     made = accumulate(job, batches, loss_of)
-                    norm = step_or_skip(job, not rewards[mine].isnan().any())
+                    norm = step_or_skip(job, not any(rewards[i].isnan() for i in mine))
                     if norm is not None: updates.append(dict(made, grad_norm=norm))
             job.now.queries += cfg.samples_per_epoch
             going_back = clock.pop("all_s") - clock["sample_s"] - clock["reward_s"]
-            everyone = job.accelerator.reduce(rewards).cpu()
-            scored, counts = everyone[~everyone.isnan()], dict(kept_steps=sum(kept_count) / len(kept_count), skipped=skipped.count)
+            scored = everyone(job, torch.stack(list(rewards.values())), list(rewards))
+            counts = dict(kept_steps=sum(kept_count) / len(kept_count), skipped=skipped.count)
             times = dict(clock, reward_work_s=clock["reward_s"], train_s=going_back)
             if record(job, epoch, scored, torch.cat(shown), **means(job, updates), **counts, **times): break
         finish(job)

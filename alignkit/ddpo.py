@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADVANTAGES', 'PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'pair_log_prob', 'standardise', 'PromptStats', 'BatchStats',
            'per_prompt', 'per_batch', 'DDPOConfig', 'preset', 'update_groups', 'kept_steps_of', 'pair_batches',
-           'gather', 'recomputes', 'recomputed', 'train']
+           'gather', 'advantages_of', 'recomputes', 'recomputed', 'train']
 
 # %% ../nbs/08_ddpo.ipynb #51f3cb41
 from collections import defaultdict, deque
@@ -20,7 +20,7 @@ from .mdp import Trajectory, generator_for, policy
 from .pipelines import lookup
 from .runs import Run
 from .training import Clock, Default, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
-from .training import record, report, sample, sampling_phases, settled, setup, update, update_phases
+from .training import record, report, sample, sampling_phases, settled, setup, tell_if_flat, update, update_phases
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
 def ddpo_is_loss(
@@ -140,9 +140,9 @@ class DDPOConfig(TrainConfig):
 
     def check(self):
         "Refuse impossible settings before any work is done."
+        super().check()
         self.one_of("method", "ddpo_is", "ddpo_sf")
         self.need(self.eta > 0, "eta", "in (0, 1]; with eta=0 sampling is deterministic, a step has no density and nothing can be learned")
-        super().check()
         self.one_of("log_prob_reduction", "mean", "sum")
         self.one_of("advantages", *ADVANTAGES)
         self.whole("num_inner_epochs", "stats_buffer_size", "stats_min_count")
@@ -241,6 +241,18 @@ def gather(
     rewards, images, seconds = sample(job, epoch, indices, texts, keep, scored)
     return walks, rewards, images, seconds
 
+# %% ../nbs/08_ddpo.ipynb #e183f628
+def advantages_of(
+    job:Job, epoch:int,
+    stats,  # of `ADVANTAGES`
+    texts:list[str], rewards:Tensor,  # of all pictures of the epoch
+) -> Tensor:  # (samples_per_epoch,) float32; 0 for a picture without a finite reward
+    "The advantages of an epoch; where all are 0, the run says so."
+    there, A = rewards.isfinite(), torch.zeros(len(rewards))
+    A[there] = stats.advantages([t for t, known in zip(texts, there.tolist()) if known], rewards[there])
+    tell_if_flat(job, epoch, rewards, not A.any())
+    return A
+
 # %% ../nbs/08_ddpo.ipynb #257cf704
 def recomputes(job:Job) -> bool:
     "Whether old log-probs come from the training path."
@@ -284,7 +296,7 @@ def train(
             mine = [i for group in groups for i in group]
             texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
             walks, rewards, images, seconds = gather(job, epoch, mine, texts)
-            A, cond = stats.advantages(texts, rewards)[mine].to(job.device), embed(job, [texts[i] for i in mine])
+            A, cond = advantages_of(job, epoch, stats, texts, rewards)[mine].to(job.device), embed(job, [texts[i] for i in mine])
 
             def log_prob_of(row, at):
                 with job.accelerator.autocast(): return pair_log_prob(policy_of(job, cond[row]), walks, row, at, cfg.log_prob_reduction)

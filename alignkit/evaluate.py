@@ -23,7 +23,7 @@ from .judges import drift, repeated, warn_of_emoji_judges
 from .mdp import Drawing, draw
 from .pipelines import PIPELINES, WEIGHTS, Model, add_lora, drop_adapters, load, open_model, read_lora, without_adapters
 from .prompts import get_prompts
-from .rewards import get_reward, score
+from .rewards import get_rewards, score
 from .runs import Run, RunFolder, image_grid
 from .training import drawing
 
@@ -407,9 +407,8 @@ def _texts(prompts, num_samples):
     return {name: repeated(p.texts, num_samples) for name, p in sets.items()}
 
 def _measuring(rewards, diversity, clip, with_drift):
-    rewards = (rewards,) if isinstance(rewards, str) or callable(rewards) else rewards
     judge = ClipJudge(lambda: read_clip(clip), crop_pixels) if diversity else None
-    return dict(rewards=tuple(map(get_reward, rewards)), judge=judge, with_drift=with_drift)
+    return dict(rewards=get_rewards(rewards), judge=judge, with_drift=with_drift)
 
 def _warn(what, clip, base, texts):
     "A word where judges of emoji are asked about other pictures."

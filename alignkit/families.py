@@ -8,7 +8,7 @@ __all__ = ['encode_two', 'context_xl', 'centred', 'open_sdxl']
 # %% ../nbs/01a_families.ipynb #07868ece
 import torch
 from torch import Tensor
-from .pipelines import Cond, Model, check_parts, ddim_scheduler, decode, guidance_embedding, latent_shape, tokens
+from .pipelines import Cond, Model, check_parts, ddim_scheduler, decode, guidance_embedding, latent_shape, tell_cut, tokens
 
 # %% ../nbs/01a_families.ipynb #05dbd664
 @torch.no_grad()
@@ -17,6 +17,7 @@ def encode_two(
     prompts:list[str],  # B of them
 ) -> tuple[Tensor, Tensor]:  # (B, L, d1 + d2), and the pooled embedding of the second encoder (B, d2)
     "SDXL's context: the last hidden states but one of both text encoders side by side, and one vector for the whole prompt."
+    tell_cut(pipe, prompts)
     hidden, pooled = [], None
     for tok, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
         ids = tokens(pipe, tok, prompts).input_ids

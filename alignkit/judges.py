@@ -14,7 +14,7 @@ from torch import Tensor
 from .mdp import Drawing, batches, draw, walk, with_density
 from .pipelines import PIPELINES, Model, adapter_off, data_dir, open_model
 from .prompts import TINY_ANIMALS, plural
-from .rewards import score
+from .rewards import NonFiniteReward, not_a_number, score
 
 # %% ../nbs/06a_judges.ipynb #14742e8f
 def repeated(
@@ -23,6 +23,16 @@ def repeated(
 ) -> list[str]:  # n of them
     "The prompts in order, and from the start again."
     return [texts[i % len(texts)] for i in range(n)]
+
+def _finite(reward, images, texts, epoch):
+    "The rewards that are numbers; a picture without one is told and left out, and where none has one that is an error."
+    r = score(reward, images, texts, epoch, finite=False)
+    there = r.isfinite()
+    if there.all(): return r
+    words = not_a_number(reward, images, texts, r, epoch)
+    if not there.any(): raise NonFiniteReward(words)
+    warnings.warn(f"{words}; left out of this evaluation")
+    return r[there]
 
 def evaluate_fixed(
     model:Model,  # under test, as it is
@@ -36,9 +46,9 @@ def evaluate_fixed(
     began = time.perf_counter()
     images = draw(model, texts, how)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # a reward is asked in its own precision, as in training
-        r = score(reward, images, texts, epoch)
-        second = {f"eval_{other.name}_mean": score(other, images, texts, epoch).mean().item() for other in others}
-    n = len(texts)
+        r = _finite(reward, images, texts, epoch)
+        second = {f"eval_{other.name}_mean": _finite(other, images, texts, epoch).mean().item() for other in others}
+    n = len(r)
     std = r.std(correction=1).item() if n > 1 else 0.
     found = dict(eval_reward_mean=r.mean().item(), eval_reward_std=std, eval_reward_sem=std / n**0.5, **second)
     return dict(found, eval_s=time.perf_counter() - began), images

@@ -101,8 +101,9 @@ def get_sampler(
 ):  # the sampler
     "The sampler of a run by its name, ready for S steps."
     most = model.scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= most:
-        raise ValueError(f"num_inference_steps: 1 to {most} for this pipeline, got {num_inference_steps}")
+    whole = isinstance(num_inference_steps, (int, np.integer)) and not isinstance(num_inference_steps, bool)
+    if not whole or not 1 <= num_inference_steps <= most:
+        raise ValueError(f"num_inference_steps: a whole number, 1 to {most} for this pipeline, got {num_inference_steps!r}")
     model.scheduler.set_timesteps(num_inference_steps)
     if (last := int(model.scheduler.timesteps.max())) >= most:
         raise ValueError(f"num_inference_steps: they reach timestep {last} of {most} with this scheduler; got {num_inference_steps}")

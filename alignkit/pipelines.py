@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'FAMILIES', 'SERVED', 'OURS', 'OFF_THE_PATH', 'ATTENTION', 'WEIGHTS', 'data_dir', 'quiet', 'cast',
-           'lookup', 'modules_of', 'family', 'check_parts', 'load', 'tokens', 'encode', 'decode', 'Cond', 'Model',
-           'latent_shape', 'pixels', 'ddim_scheduler', 'guidance_embedding', 'open_sd', 'open_model', 'guided',
+           'lookup', 'modules_of', 'family', 'check_parts', 'load', 'tell_cut', 'tokens', 'encode', 'decode', 'Cond',
+           'Model', 'latent_shape', 'pixels', 'ddim_scheduler', 'guidance_embedding', 'open_sd', 'open_model', 'guided',
            'check_not_fused', 'drop_adapters', 'add_lora', 'adapter_off', 'without_adapters', 'part_name',
            'adapter_name', 'lora_layers', 'lora_state', 'bare', 'check_names', 'adapted_encoders', 'save_lora',
            'read_lora', 'load_lora', 'plain_weights', 'save_pipeline']
@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
+from weakref import WeakKeyDictionary
 import copy, inspect, json, math, warnings
 import torch
 from torch import Tensor, nn
@@ -132,12 +133,19 @@ def check_parts(
         warnings.warn("pipe: its safety checker is not asked; what the kit draws is not blackened by it (safety_checker=None says so)")
 
 # %% ../nbs/01_pipelines.ipynb #b472f974
+def _variant(source):
+    "'fp16' of a folder that holds its network under that name only, as 'diffusion_pytorch_model.fp16.safetensors'; None: plain names."
+    files = [f.name.split(".") for part in ("unet", "transformer") for f in Path(source).glob(f"{part}/diffusion_pytorch_model*.*")]
+    weights = [name for name in files if name[-1] in ("safetensors", "bin")]
+    return next((name[1] for name in weights if len(name) > 2), None) if all(len(name) > 2 for name in weights) else None
+
 def _read(source, dtype):
     "A pipeline from a folder or the hub, without its safety checker."
     with quiet():
         from diffusers import DiffusionPipeline
         checked = DiffusionPipeline.load_config(source).get("_class_name") == "StableDiffusionPipeline"
-        pipe = DiffusionPipeline.from_pretrained(source, **dict(safety_checker=None, requires_safety_checker=False) if checked else {})
+        without = dict(safety_checker=None, requires_safety_checker=False) if checked else {}
+        pipe = DiffusionPipeline.from_pretrained(source, variant=_variant(source), **without)
     family(pipe)
     for part in modules_of(pipe): cast(part, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -151,7 +159,10 @@ def load(
     "One way in for every text-to-image model the kit works on."
     if isinstance(pipe, (str, Path)):
         name = str(pipe)
-        source = data_dir() / PIPELINES[name] if name in PIPELINES else pipe
+        source = data_dir() / PIPELINES[name] if name in PIPELINES else Path(name).expanduser() if name.startswith("~") else pipe
+        if Path(source).is_file():
+            raise ValueError(f"pipe: {name!r} is a single file; read it with diffusers' StableDiffusionPipeline.from_single_file (for SDXL "
+                             "StableDiffusionXLPipeline's), and give the pipeline that comes out")
         if not Path(source).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise ValueError(f"pipe: {name!r} is no folder and no pipeline the kit knows; give {', '.join(map(repr, PIPELINES))}, "
                              f"a folder with a model_index.json, a hub id 'owner/name', or a loaded pipeline ({', '.join(FAMILIES)})")
@@ -161,6 +172,28 @@ def load(
     if (kind := family(pipe)) in SERVED: check_parts(pipe, SERVED[kind])
     for part in modules_of(pipe): part.requires_grad_(False).eval()
     return pipe if device is None else pipe.to(device)
+
+# %% ../nbs/01_pipelines.ipynb #b472f975
+_TOLD = WeakKeyDictionary()  # tokenizer -> prompts of which it was said that they are cut off
+
+def tell_cut(
+    pipe,  # with one tokenizer or more
+    prompts:list[str],
+    quietly:bool=False,  # not a word, and never again
+) -> list[str]:  # those of which it was not said before
+    "Say which prompts are longer than what a text encoder reads: two that differ past its last token are one context."
+    cut = {}
+    for tok in filter(None, (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))):
+        told, most = _TOLD.setdefault(tok, set()), tok.model_max_length
+        new = [p for p in dict.fromkeys(prompts) if p not in told and len(p.encode()) + 2 > most]  # a token is a byte at least
+        long = [p for p, ids in zip(new, tok(new, verbose=False).input_ids) if len(ids) > most] if new else []
+        told.update(long)
+        cut |= dict.fromkeys(long, most)
+    if cut and not quietly:
+        first, most = next(iter(cut.items()))
+        warnings.warn(f"prompts: {len(cut)} of {len(set(prompts))} have more than the {most} tokens that the text encoder reads, "
+                      f"and their ends are cut off; the first is {first!r}")
+    return list(cut)
 
 # %% ../nbs/01_pipelines.ipynb #b831ae0f
 def tokens(
@@ -179,6 +212,7 @@ def encode(
 ) -> Tensor:  # (B, L, d); L = 77, d = 768 for SD 1.x
     "Prompts to what the UNet's cross-attention reads: the text encoder's last hidden state."
     distinct = list(dict.fromkeys(prompts))
+    tell_cut(pipe, distinct)
     encoder, read = pipe.text_encoder, tokens(pipe, pipe.tokenizer, distinct)
     mask = read.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None  # SD 2.x may ask for it
     embeds = encoder(read.input_ids.to(encoder.device), attention_mask=mask)[0]

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIMPLE_ANIMALS', 'HELDOUT_ANIMALS', 'COUNTED_ANIMALS', 'TINY_ANIMALS', 'ACTIVITIES', 'CODE_ACTIVITIES', 'NUMBERS',
-           'PLURALS', 'PROMPTS', 'PROMPT_FILES', 'HPS_SETS', 'ALIASES', 'HELDOUT', 'HPS_STYLES', 'article',
-           'with_activities', 'plural', 'counting', 'counting_questions', 'Prompts', 'prompt_names', 'get_prompts',
-           'hps_prompts']
+           'PLURALS', 'PROMPTS', 'PROMPT_FILES', 'HPS_SETS', 'ALIASES', 'HELDOUT', 'TABLES', 'PROMPT_COLUMNS',
+           'HPS_STYLES', 'article', 'with_activities', 'plural', 'counting', 'counting_questions', 'Prompt',
+           'metadata_of', 'Prompts', 'prompt_names', 'get_prompts', 'hps_prompts']
 
 # %% ../nbs/04_prompts.ipynb #374c3b5a
-import json, os, zlib
+import json, os, warnings, zlib
 from pathlib import Path
 import torch
 from .mdp import generator_for
@@ -118,6 +118,28 @@ HELDOUT = {  # a training set -> prompts that it does not have
 }
 
 # %% ../nbs/04_prompts.ipynb #df0fdaf1
+class Prompt(str):
+    "A prompt with what else its source says of it, such as the other columns of a table; everywhere else it is the text."
+    def __new__(cls,
+        text:str,
+        metadata:dict|None=None,
+    ):
+        prompt = super().__new__(cls, text)
+        prompt.metadata = metadata or {}
+        return prompt
+    def __getnewargs__(self): return str(self), self.metadata  # to copy it, or to send it to another process
+
+def metadata_of(
+    prompts:list[str],  # B of them
+    asking:str="reward",  # who wants to know, for the message
+) -> list[dict]:  # B; {} for a plain text
+    "What the source of each prompt says besides."
+    found = [getattr(p, "metadata", {}) for p in prompts]
+    if not any(found):
+        raise ValueError(f"{asking} asks for metadata, and these prompts have none: give a table of prompts with further columns")
+    return found
+
+# %% ../nbs/04_prompts.ipynb #df0fdaf2
 class Prompts:
     "A source of contexts: a name, the texts (when there is a list), and a stateless draw."
     def __init__(self,
@@ -159,39 +181,142 @@ def _listed(texts):
     if not texts: raise ValueError("prompts: the list is empty")
     return Prompts(f"list of {len(texts)}", list(texts))
 
-def _named(name):
+def _named(name, column):
     "A set of the kit, or else a file."
     if name in PROMPTS: return Prompts(name, PROMPTS[name])
     if name in HPS_SETS: return Prompts(name, hps_prompts(split=HPS_SETS[name]))
     if name in PROMPT_FILES: return Prompts(name, _read_lines(data_dir() / "prompts" / PROMPT_FILES[name]))
-    file = Path(name)
+    file = Path(name).expanduser()
     if not file.is_file():
         raise ValueError(f"prompts: {str(name)!r} is neither a known set nor a file; choose from {', '.join(prompt_names())}, "
                          "or give a file, a list or a callable")
-    return Prompts(file.name, _read_json(file) if file.suffix == ".json" else _read_lines(file))
+    if file.suffix.lower() not in TABLES: return Prompts(file.name, _read_lines(file))
+    read = _read_table(file)
+    return _of_rows(read, column, file.name) if isinstance(read[0], dict) else Prompts(file.name, read)
 
-def get_prompts(
-    prompts,  # a name of `prompt_names`, a file (text, one prompt a line, or a JSON list), a list, or a callable: torch.Generator -> prompt
-) -> Prompts:
-    "Whatever the user gave, as `Prompts`. Blank lines are never prompts."
+def _found(prompts, column):
+    "By what it is."
     if isinstance(prompts, Prompts): return prompts
     if callable(prompts): return Prompts(getattr(prompts, "__name__", type(prompts).__name__), fn=prompts)
-    if isinstance(prompts, (list, tuple)): return _listed(prompts)
-    if not isinstance(prompts, (str, Path)): raise TypeError(f"prompts: a name, a file, a list or a callable, got {type(prompts).__name__}")
-    return _named(ALIASES.get(prompts, prompts))
+    if isinstance(prompts, (str, Path)): return _named(ALIASES.get(prompts, prompts), column)
+    if rows := _rows(prompts): return _of_rows(rows, column, f"table of {len(rows)}")
+    in_order = hasattr(prompts, "__getitem__") and hasattr(prompts, "__len__")
+    if in_order and not isinstance(prompts, (dict, bytes)): return _listed(list(prompts))
+    raise TypeError(f"prompts: a name, a file, a list, a table or a callable, got {type(prompts).__name__}")
+
+# %% ../nbs/04_prompts.ipynb #06604f99
+def get_prompts(
+    prompts,  # a name of `prompt_names`, a file (one prompt a line, or a table), a list, a table, or a callable: torch.Generator -> prompt
+    column:str|None=None,  # of a table: where its prompts are; None: 'prompt', 'text' or 'caption'
+    what:str="prompts",  # the argument's name, for messages
+) -> Prompts:
+    "Whatever the user gave, as `Prompts`. Blank lines are never prompts."
+    try: return _found(prompts, column)
+    except (ImportError, TypeError, ValueError) as e:
+        if what == "prompts": raise
+        raise type(e)(f"{what}{str(e).removeprefix('prompts')}") from e
 
 # %% ../nbs/04_prompts.ipynb #d58b3fba
 def _not_blank(texts):
     "Stripped, and without those of which nothing is left."
     return [t.strip() for t in texts if t.strip()]
 
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")  # files that are no plain text, read at the end of the page
+PROMPT_COLUMNS = ("prompt", "text", "caption")  # where a table has its prompts, unless `column` says otherwise
+
+# %% ../nbs/04_prompts.ipynb #d58b3fbb
+def _rows(table):
+    "The rows of a table in memory: of pandas, of datasets or pyarrow, or a list of dicts; None for anything else."
+    if isinstance(getattr(table, "column_names", None), dict):
+        raise ValueError(f"prompts: several datasets in one ({', '.join(table)}); give one of them")
+    if hasattr(table, "column_names"): return table.to_pylist() if hasattr(table, "to_pylist") else [dict(row) for row in table]
+    if hasattr(table, "columns") and hasattr(table, "to_dict"): return table.to_dict("records")
+    if isinstance(table, (list, tuple)) and table and all(isinstance(row, dict) for row in table): return list(table)
+
+def _refuse_table(file, text):
+    "A table under the name of a text file: its header, commas and braces would become prompts."
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    header = any({"prompt", "caption"} & set(first.lower().replace('"', "").split(mark)[:50]) and mark in first for mark in ",;\t")
+    if header or first[:1] == "{" and first[-1:] in "},":
+        raise ValueError(f"prompts: the file {file} looks like a table, and would be read line by line; name it {', '.join(TABLES)}")
+
 def _read_lines(file):
     "The lines of a text file that are not blank."
     try: text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors may put a mark before the first prompt
     except UnicodeDecodeError as e: raise ValueError(f"prompts: the file {file} is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    _refuse_table(file, text)
     texts = _not_blank(text.splitlines())
     if not texts: raise ValueError(f"prompts: the file {file} " + ("has no prompt in it, only blank lines" if text else "is empty"))
     return texts
+
+# %% ../nbs/04_prompts.ipynb #5f0c2a91
+def _json(text, file):
+    try: return json.loads(text)
+    except ValueError as e: raise ValueError(f"prompts: the file {file} is not JSON ({e})") from e
+
+def _read_json(file):
+    "The strings of a JSON list that are not blank."
+    texts = _json(file.read_text(encoding="utf-8"), file)
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"prompts: the file {file} must hold a JSON list of strings, or of objects with the same keys")
+    if not _not_blank(texts): raise ValueError(f"prompts: the file {file} has no prompt in it")
+    return _not_blank(texts)
+
+# %% ../nbs/04_prompts.ipynb #7d3e8c11
+def _blank(value): return value is None or isinstance(value, str) and not value.strip() or isinstance(value, float) and value != value
+
+def _of_rows(
+    rows:list[dict],
+    column:str|None,  # None: one of `PROMPT_COLUMNS`
+    name:str,  # for the records
+) -> Prompts:
+    "The prompts of a table, each with the other columns of its row; rows without a prompt are left out."
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    column = column if column is not None else next((c for c in PROMPT_COLUMNS if c in names), None)
+    if column not in names:
+        wanted = f"no column {column!r}" if column is not None else f"no column called {', '.join(PROMPT_COLUMNS)}"
+        raise ValueError(f"prompts: {name} has {wanted}; say which with get_prompts(..., column=...): {', '.join(map(str, names))}")
+    kept = [row for row in rows if not _blank(row.get(column))]
+    if not kept: raise ValueError(f"prompts: {name} has no prompt in its column {column!r}")
+    if bad := [row[column] for row in kept if not isinstance(row[column], str)]:
+        raise ValueError(f"prompts: the column {column!r} of {name} must hold strings, got {bad[0]!r}")
+    return Prompts(name, [Prompt(row[column].strip(), {k: v for k, v in row.items() if k != column}) for row in kept])
+
+# %% ../nbs/04_prompts.ipynb #7d3e8c12
+def _read_csv(file, separator):
+    "By pandas. A prompt is a string whatever it looks like ('NA', '1984'); a comma in it has quotes around it, or the file is refused."
+    import pandas as pd
+    how = dict(sep=separator, encoding="utf-8-sig", index_col=False, keep_default_na=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are longer than the header
+        try:
+            names = list(pd.read_csv(file, nrows=0, **how))
+            asked = {name: str for name in PROMPT_COLUMNS if name in names}
+            return pd.read_csv(file, dtype=asked, na_values={name: [""] for name in names if name not in asked}, **how).to_dict("records")
+        except (ValueError, pd.errors.ParserWarning) as e:
+            raise ValueError(f"prompts: the file {file} is no table with {'tabs' if separator != ',' else 'commas'} in it ({e})") from e
+
+def _read_lines_of_json(file):
+    "One JSON value a line."
+    lines = enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1)
+    return [_json(line, f"{file}, line {i},") for i, line in lines if line.strip()]
+
+def _read_parquet(file):
+    import pandas as pd
+    try: return pd.read_parquet(file).to_dict("records")
+    except ImportError as e: raise ImportError(f"prompts: to read {file}, pandas needs pyarrow: pip install pyarrow") from e
+
+def _read_table(file):
+    "The rows of a file as dicts; or the strings of a JSON list, or of JSON lines."
+    kind = file.suffix.lower()
+    if kind in (".csv", ".tsv"): rows = _read_csv(file, "," if kind == ".csv" else "\t")
+    elif kind == ".parquet": rows = _read_parquet(file)
+    elif kind == ".json": rows = _json(file.read_text(encoding="utf-8-sig"), file)
+    else: rows = _read_lines_of_json(file)
+    if isinstance(rows, list) and not rows: raise ValueError(f"prompts: the file {file} has no prompt in it")
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows): return rows
+    if isinstance(rows, list) and all(isinstance(row, str) for row in rows) and _not_blank(rows): return _not_blank(rows)
+    return _read_json(file)  # says what is wrong with it
 
 # %% ../nbs/04_prompts.ipynb #13a1fbc8
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -220,12 +345,3 @@ def _hps_file(folder, name, names):
     except Exception as e:
         raise FileNotFoundError(f"hps: {name} could not be fetched from the hub ({type(e).__name__}); "
                                 f"give a folder with {', '.join(names)}") from e
-
-def _read_json(file):
-    "The strings of a JSON list that are not blank."
-    try: texts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"prompts: the file {file} is not JSON ({e})") from e
-    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f"prompts: the file {file} must hold a JSON list of strings")
-    if not _not_blank(texts): raise ValueError(f"prompts: the file {file} has no prompt in it")
-    return _not_blank(texts)

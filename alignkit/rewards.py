@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['jpeg_incompressibility', 'jpeg_compressibility', 'kit_clip', 'CLIP_MEAN', 'CLIP_STD', 'clip_named', 'clip_diversity',
            'clip_diversity_all', 'REWARDS', 'UNITS', 'to_uint8', 'jpeg_size_kb', 'check_images', 'Reward', 'load_clip',
-           'embed_images', 'embed_texts', 'name_images', 'with_unit', 'weighted_sum', 'get_reward', 'with_gradient',
-           'RewardError', 'NonFiniteReward', 'score']
+           'embed_images', 'embed_texts', 'name_images', 'with_unit', 'weighted_sum', 'get_reward', 'get_rewards',
+           'with_gradient', 'RewardError', 'NonFiniteReward', 'score', 'not_a_number', 'check_alone', 'networks_of',
+           'at_rest']
 
 # %% ../nbs/05_rewards.ipynb #cdb05f76
-import inspect, io, operator, os, re, tempfile
+import inspect, io, math, operator, os, re, tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from numbers import Number
+from types import CellType, ModuleType
 import numpy as np
 import torch
 from PIL import Image
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from .clip_files import read_clip, read_tokenizer
 from .pipelines import lookup
-from .prompts import TINY_ANIMALS, article
+from .prompts import TINY_ANIMALS, article, metadata_of
 
 # %% ../nbs/05_rewards.ipynb #14b457c3
 def to_uint8(
@@ -74,28 +77,37 @@ def _term(name):
     "The name of a sum, in brackets."
     return f"({name})" if re.search(r" [+-] ", re.sub(r"\|[^|]*\||\([^()]*\)", "", name)) else name
 
+def _asks_metadata(fn):
+    "Whether it has an argument of that name: then it gets a dict a picture."
+    try: return "metadata" in inspect.signature(getattr(fn, "forward", fn)).parameters  # a module's own call says nothing of its arguments
+    except (TypeError, ValueError): return False
+
+# %% ../nbs/05_rewards.ipynb #11e6eb08
 class Reward:
     "A callable (images, prompts) -> rewards with a name. Sums, differences and multiples of rewards are rewards."
     def __init__(self,
-        fn,  # (images (B, 3, H, W) in [0, 1], list of B prompts) -> (B,) numbers, higher is better
+        fn,  # (images (B, 3, H, W) in [0, 1], list of B prompts) -> (B,) numbers, higher is better; `metadata` may be a third argument
         name:str|None=None,  # None: the function's own
         differentiable:bool=False,  # True: gradients reach the pixels
+        parts:tuple=(),  # the rewards that it is put together from
     ):
-        self.fn, self.differentiable = fn, differentiable
+        self.fn, self.differentiable, self.parts, self.asks_metadata = fn, differentiable, parts, _asks_metadata(fn)
         self.name = name or getattr(fn, "name", None) or getattr(fn, "__name__", type(fn).__name__)
-    def __call__(self, images, prompts): return self.fn(images, prompts)
+        self.whole_set = getattr(fn, "whole_set", False) or any(p.whole_set for p in parts)  # it judges a set, not each picture by itself
+    def __call__(self, images, prompts):
+        if not self.asks_metadata: return self.fn(images, prompts)
+        return self.fn(images, prompts, metadata=metadata_of(prompts, self.name))
     def __repr__(self): return f"Reward({self.name!r}, differentiable={self.differentiable})"
-
     def _with(self, other, op, name):
-        "Both sides are checked, each by itself, so that an error names the part at fault."
+        "Both sides are checked, each by itself, so that an error names the part at fault; NaN is left to the sum's own check."
         if isinstance(other, Number):
-            def fn(images, prompts): return op(score(self, images, prompts), other)
-            return Reward(fn, name(self.name, f"{other:g}"), self.differentiable)
+            def fn(images, prompts): return op(score(self, images, prompts, finite=False), float(other))
+            return Reward(fn, name(self.name, f"{other:g}"), self.differentiable, (self,))
         other = get_reward(other)
         def fn(images, prompts):
-            r = score(self, images, prompts)
-            return op(r, score(other, images, prompts).to(r.device))
-        return Reward(fn, name(self.name, other.name), self.differentiable and other.differentiable)
+            r = score(self, images, prompts, finite=False)
+            return op(r, score(other, images, prompts, finite=False).to(r.device))
+        return Reward(fn, name(self.name, other.name), self.differentiable and other.differentiable, (self, other))
     def __add__(self, other):
         if isinstance(other, Number) and other == 0: return self  # where sum() begins
         return self._with(other, operator.add, lambda a, b: f"{a} + {b}")
@@ -103,7 +115,9 @@ class Reward:
     def __rsub__(self, number:float): return self._with(number, lambda r, n: n - r, lambda a, n: f"{n} - {_term(a)}")
     def __mul__(self, number:float): return self._with(number, operator.mul, lambda a, n: f"{n}*{_term(a)}")
     def __neg__(self): return -1 * self
-    def __abs__(self): return Reward(lambda images, prompts: score(self, images, prompts).abs(), f"|{self.name}|", self.differentiable)
+    def __abs__(self):
+        def fn(images, prompts): return score(self, images, prompts, finite=False).abs()
+        return Reward(fn, f"|{self.name}|", self.differentiable, (self,))
     __radd__, __rmul__ = __add__, __mul__
 
 # %% ../nbs/05_rewards.ipynb #7a9e2c5f
@@ -160,6 +174,7 @@ class _Named:
     "1 where the small CLIP, asked which of its 65 animals it sees, names the one in the prompt; 0 elsewhere. Loads its CLIP at first."
     name, differentiable = "clip_named", False
     def __call__(self, images, prompts):
+        check_images(images)
         names = [f"{article(a)} {a}" for a in TINY_ANIMALS]
         wanted = [next((i for i, a in enumerate(TINY_ANIMALS) if a in p.split()), -1) for p in prompts]
         if -1 in wanted: raise ValueError(f"no animal of the embedded model in the prompt {prompts[wanted.index(-1)]!r}")
@@ -171,7 +186,7 @@ clip_named = Reward(_Named())
 # %% ../nbs/05_rewards.ipynb #1604ecee
 class _Diversity:
     "Mean distance (one minus the cosine) of each picture to the others of its prompt, or to all others, in the small CLIP's space."
-    differentiable = False
+    differentiable, whole_set = False, True
     def __init__(self,
         within:bool,  # only pictures of one prompt are compared
     ): self.within, self.name = within, "clip_diversity" if within else "clip_diversity_all"
@@ -251,7 +266,11 @@ def weighted_sum(
 ) -> Reward:  # differentiable when all parts are
     "A sum of rewards, each times its weight."
     if not weights: raise ValueError("reward: a weighted sum needs at least one part, got an empty dict")
-    return sum(float(w) * get_reward(r) for r, w in weights.items())
+    odd = [f"{w!r} of {r if isinstance(r, str) else get_reward(r).name!r}" for r, w in weights.items() if not _is_weight(w)]
+    if odd: raise ValueError(f"reward: the weights of a sum are finite numbers, got {odd[0]}")
+    return sum(float(w) * r for r, w in zip(get_rewards(tuple(weights), "reward"), weights.values()))
+
+def _is_weight(w): return isinstance(w, (Number, np.number)) and not isinstance(w, (bool, complex)) and math.isfinite(w)
 
 def get_reward(
     reward,  # a name of `REWARDS`, any callable, or a dict for `weighted_sum`
@@ -260,7 +279,21 @@ def get_reward(
     if isinstance(reward, Reward): return reward
     if isinstance(reward, dict): return weighted_sum(reward)
     if callable(reward): return Reward(reward, differentiable=getattr(reward, "differentiable", False))
+    if not isinstance(reward, str): raise TypeError(f"reward: a name, a callable or a dict of weights, got {type(reward).__name__}")
     return _registered(reward)
+
+# %% ../nbs/05_rewards.ipynb #398c4540
+def get_rewards(
+    rewards,  # one, or several: see `get_reward`
+    what:str="rewards",  # the argument's name, for the message
+) -> tuple:  # of `Reward`s
+    "Several rewards, told apart by their names."
+    one = isinstance(rewards, (str, Reward, dict)) or callable(rewards)
+    found = tuple(get_reward(r) for r in ((rewards,) if one else rewards))
+    names = [r.name for r in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice: raise ValueError(f"{what}: two are called {twice[0]!r} and could not be told apart; give one a name: Reward(fn, name='...')")
+    return found
 
 def with_gradient() -> list[str]:
     "The names that have a gradient, for messages."
@@ -275,28 +308,118 @@ class NonFiniteReward(RewardError):
 
 def score(
     reward:Reward,
-    images:Tensor,  # (B, 3, H, W) in [0, 1]
+    images:Tensor,  # (B, 3, H, W) in [0, 1]; the reward gets a copy, so whatever it does to its arguments changes nothing here
     prompts:list[str],  # B of them
     epoch:int|None=None,  # for the message
-) -> Tensor:  # (B,) float32 on the device where the reward left it
+    finite:bool=True,  # False: NaN and infinite numbers are left in the answer
+) -> Tensor:  # (B,) float32, or float64 where float32 would lose digits, on the device where the reward left it
     "Call a reward and check the answer; an error names the reward, the prompt and the epoch."
-    where = f"reward {reward.name!r}" + (f", epoch {epoch}" if epoch is not None else "")
-    try: r = reward(images, prompts)
+    where = _where(reward, epoch)
+    try: r = reward(images.clone(), list(prompts))
     except RewardError as e: raise type(e)(f"{where}: {e}") from e  # a part of a weighted sum
     except Exception as e:
         more = " ..." if len(prompts) > 3 else ""
         raise RewardError(f"{where}: raised {type(e).__name__}: {e} (prompts {prompts[:3]}{more})") from e
-    return _numbers(r, prompts, where)
+    r = _numbers(r, prompts, where)
+    if finite and not r.isfinite().all(): raise NonFiniteReward(not_a_number(reward, images, prompts, r, epoch))
+    return r
+
+# %% ../nbs/05_rewards.ipynb #6857c937
+def _where(reward, epoch): return f"reward {reward.name!r}" + (f", epoch {epoch}" if epoch is not None else "")
 
 def _numbers(r, prompts, where):
-    "The answer as float32: one finite number a picture, or an error."
+    "The answer as one number a picture, or an error."
     n = len(prompts)
-    try: r = torch.as_tensor(r, dtype=torch.float32)
+    try: r = _as_floats(r)
     except Exception as e: raise RewardError(f"{where}: must return {n} numbers, got {type(r).__name__} (prompts {prompts[:3]})") from e
     if tuple(r.shape) != (n,):
         raise RewardError(f"{where}: must return shape ({n},), one number per picture, got {tuple(r.shape)} (prompts {prompts[:3]})")
-    bad = (~r.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise NonFiniteReward(f"{where}: returned {r[bad[0]].item()} for prompt {prompts[bad[0]]!r} "
-                              f"(picture {bad[0]} of {n}; {len(bad)} such in all)")
     return r
+
+def _as_floats(r):
+    "float32, which is what an advantage needs; float64 where numbers would fall together, as those near 1e9 do."
+    if torch.is_tensor(r) and r.is_floating_point() and r.dtype != torch.float64: return r.float()
+    wide = torch.as_tensor(r, dtype=torch.float64)
+    narrow = wide.float()
+    return narrow if torch.equal(narrow.double().nan_to_num(), wide.nan_to_num()) else wide
+
+# %% ../nbs/05_rewards.ipynb #5d1f0b7e
+def not_a_number(
+    reward:Reward, images:Tensor, prompts:list[str],  # as for `score`
+    r:Tensor,  # (B,) what it answered
+    epoch:int|None=None,
+) -> str:
+    "What is said of an answer that is not finite: the reward, its part if it is a sum, and the first prompt."
+    bad = (~r.isfinite()).nonzero().flatten().tolist()
+    first = f"returned {r[bad[0]].item()} for prompt {prompts[bad[0]]!r} (picture {bad[0]} of {len(prompts)}; {len(bad)} such in all)"
+    return f"{_where(reward, epoch)}: {_part_at_fault(reward, images, prompts)}{first}"
+
+def _part_at_fault(reward, images, prompts):
+    "The parts of a sum are asked again."
+    for part in reward.parts:
+        if not score(part, images, prompts, finite=False).isfinite().all():
+            return f"reward {part.name!r}: {_part_at_fault(part, images, prompts)}"
+    return ""
+
+def check_alone(
+    reward:Reward, images:Tensor, prompts:list[str],  # as for `score`
+    r:Tensor,  # (B,) what it answered
+    epoch:int|None=None,
+):
+    "Refuse a reward that gives a picture another number in other company: up to four are asked again by themselves."
+    order = [i for i in r.argsort().tolist() if r[i].isfinite()]
+    some = order[1:1 + max(2, min(4, len(order) // 2))]  # of the lower half, since a batch of the middle may have the same mean
+    if len(r) < 2 or not some: return
+    def again(): return score(reward, images[some], [prompts[i] for i in some], epoch, finite=False).detach().double().cpu()
+    answers, there, alone = r.detach().double().cpu(), r[some].detach().double().cpu(), again()
+    rounding = 1e-6 if r.dtype == torch.float64 else 4e-3  # a network in half precision also rounds otherwise in another batch
+    allowed = 0.05 * answers[order].std(correction=0) + rounding * answers[order].abs().max()
+    off = ~((alone - there).abs() <= allowed)
+    if 2 * off.sum() < len(some): return  # a single answer may fall on the other side of a threshold
+    twice = again()
+    if (~((twice - alone).abs() <= allowed) & ~(twice.isnan() & alone.isnan())).any(): return  # another number each time
+    i = off.nonzero()[0].item()
+    raise RewardError(f"{_where(reward, epoch)}: a picture of {prompts[some[i]]!r} gets {there[i]:.4g} among {len(r)} pictures and "
+                      f"{alone[i]:.4g} among {len(some)}, and how many are scored at a time must not change what is learned; judge each "
+                      "picture by itself (advantages are standardised anyway), and give what judges a set as one of eval_rewards")
+
+# %% ../nbs/05_rewards.ipynb #5d1f0b7f
+def _held(thing):
+    "What a function or an object holds, one step further in: where the networks of a reward may be."
+    if isinstance(thing, dict): return list(thing.values())
+    if isinstance(thing, (list, tuple)): return list(thing)
+    if isinstance(thing, partial): return [thing.func, *thing.args, *thing.keywords.values()]
+    if inspect.ismethod(thing): return [thing.__self__, thing.__func__]
+    if inspect.isfunction(thing):
+        cells = [c.cell_contents for c in thing.__closure__ or () if c != CellType()]
+        return [*cells, *(thing.__globals__[n] for n in thing.__code__.co_names if n in thing.__globals__), *(thing.__defaults__ or ())]
+    plain = isinstance(thing, (type, ModuleType, str, Number, Tensor, np.ndarray)) or not hasattr(thing, "__dict__")
+    return [] if plain else list(vars(thing).values())
+
+def _leaves(reward): return [leaf for part in reward.parts for leaf in _leaves(part)] or [reward]
+
+def networks_of(
+    *rewards,  # `Reward`s
+    but:tuple=(),  # networks that are none of theirs, such as those of the pipeline
+) -> list[nn.Module]:
+    "The networks that rewards ask: a reward itself, an attribute of it, or what its function sees."
+    found, seen, todo = [], {id(m) for m in but}, [r.fn for reward in rewards for r in _leaves(reward)]
+    for _ in range(4):  # steps in
+        todo = [x for x in todo if id(x) not in seen]
+        seen.update(map(id, todo))
+        found += [x for x in todo if isinstance(x, nn.Module)]
+        todo = [y for x in todo if not isinstance(x, nn.Module) for y in _held(x)]
+    return found
+
+@contextmanager
+def at_rest(
+    networks:list[nn.Module],
+):
+    "Inside, they are judges: frozen and in evaluation mode, without dropout. Afterwards each part is as it was."
+    modes = [(part, part.training) for network in networks for part in network.modules()]
+    wants = [(p, p.requires_grad) for network in networks for p in network.parameters()]
+    for network in networks: network.eval().requires_grad_(False)
+    try: yield
+    finally:
+        for part, training in modes: part.training = training
+        for p, wanted in wants: p.requires_grad_(wanted)

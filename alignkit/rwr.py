@@ -17,7 +17,7 @@ from .mdp import generator_for
 from .pipelines import Cond, Model, guided, lookup
 from .runs import Run
 from .training import Clock, Default, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
-from .training import record, report, sample, sampling_phases, settled, setup, update, update_phases
+from .training import record, report, sample, sampling_phases, settled, setup, tell_if_flat, update, update_phases
 
 # %% ../nbs/07_rwr.ipynb #08adc157
 def _checked(rewards, prompts):
@@ -142,9 +142,12 @@ def weigh(
     rewards:Tensor, texts:list[str],  # of all pictures of the epoch
 ) -> tuple[Tensor, list[int]]:  # (B,) weights, and the pictures to train on
     "What each picture counts."
-    prompts = texts if cfg.per_prompt else None
-    if cfg.weights == "softmax": return rwr_weights(rewards, cfg.beta, prompts), list(range(len(rewards)))
-    weights = sparse_weights(rewards, cfg.share, prompts)
+    there, weights = rewards.isfinite().nonzero().flatten(), torch.zeros(len(rewards))  # without a finite reward a picture counts nothing
+    prompts = [texts[i] for i in there.tolist()] if cfg.per_prompt else None
+    if cfg.weights == "softmax":
+        weights[there] = rwr_weights(rewards[there], cfg.beta, prompts)
+        return weights, there.tolist()
+    weights[there] = sparse_weights(rewards[there], cfg.share, prompts)
     return weights, weights.nonzero().flatten().tolist()
 
 # %% ../nbs/07_rwr.ipynb #5932a6c2
@@ -222,6 +225,7 @@ def train(
             texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
             latents, rewards, images, seconds = gather(job, epoch, mine, texts)
             weights, kept = weigh(cfg, rewards, texts)
+            tell_if_flat(job, epoch, rewards, bool((rewards == rewards[kept[0]]).all()))
             x0, place = shared(job, latents, mine, kept), {i: k for k, i in enumerate(kept)}
 
             def loss_of(pictures, counts, inner):

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
-from .rewards import Reward, score
+from .rewards import Reward, check_alone, not_a_number, score
 
 # %% ../nbs/05g_scorer.ipynb #6c8b09a6
 class Scorer:
@@ -18,16 +18,18 @@ class Scorer:
     def __init__(self,
         reward:Reward,
         epoch:int|None=None,  # for the message of an error
+        finite:bool=True,  # False: NaN and infinite numbers are left in the answer, and what is to be said of them in `told`
+        alone:bool=False,  # of the first batch some pictures are asked again by themselves, see `rewards.check_alone`
     ):
-        self.reward, self.epoch = reward, epoch
-        self.seconds = 0.  # spent in the reward so far
+        self.reward, self.epoch, self.finite, self.alone = reward, epoch, finite, alone
+        self.seconds, self.told = 0., []  # spent in the reward so far; one message a batch with numbers that are not finite
         self._jobs, self._failed, self._thread = [], False, ThreadPoolExecutor(1, "reward")
     def submit(self,
         images:Tensor, prompts:list[str],  # as for `score`; left alone until `result`
     ):
         "Hand over a batch; returns at once."
         self._jobs.append(self._thread.submit(self._score, images, prompts))
-    def result(self) -> Tensor:  # of all batches since the last result, (B,) float32
+    def result(self) -> Tensor:  # of all batches since the last result, (B,) as from `score`
         "Wait for the rewards; raises the `RewardError` of the first batch that failed."
         jobs, self._jobs = self._jobs, []
         if not jobs: raise ValueError("Scorer: no batch was submitted")
@@ -39,10 +41,15 @@ class Scorer:
         if images.is_cuda: torch.cuda.set_device(images.device)  # a new thread starts on the first GPU
         began = time.perf_counter()
         try:
-            with torch.no_grad(): return score(self.reward, images, prompts, self.epoch)  # each thread has its own grad mode
+            with torch.no_grad(): return self._asked(images, prompts)  # each thread has its own grad mode
         except BaseException:
             self._failed = True
             raise
         finally: self.seconds += time.perf_counter() - began
+    def _asked(self, images, prompts):
+        r = score(self.reward, images, prompts, self.epoch, self.finite)
+        if not r.isfinite().all(): self.told.append(not_a_number(self.reward, images, prompts, r, self.epoch))
+        if self.alone: self.alone = check_alone(self.reward, images, prompts, r, self.epoch)
+        return r
     def __enter__(self): return self
     def __exit__(self, *_): self._thread.shutdown(wait=True, cancel_futures=True)
