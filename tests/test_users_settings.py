@@ -284,6 +284,9 @@ def test_tables_of_prompts(tmp_path):
         assert got.texts == ["a cat, sitting", "NA"], source
         assert [p.metadata for p in got.texts] == [{"tag": "one", "count": 1}, {"tag": "two", "count": 2}]
     assert get_prompts(tmp_path / "a.csv", column="tag").texts == ["one", "two", "blank"]
+    (tmp_path / "years.csv").write_text("prompt,count\n1984,1\n007,\n")
+    years = get_prompts(tmp_path / "years.csv").texts
+    assert years == ["1984", "007"] and np.isnan(years[1].metadata["count"])  # a prompt is a text, a missing number is none
     assert get_prompts(frame.tag).texts == get_prompts(frame.tag.values).texts == ["one", "two", "blank"]
 
 
