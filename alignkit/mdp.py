@@ -84,7 +84,7 @@ SAMPLERS = {"ddim": "alignkit.mdp:ddim"}  # name -> function (scheduler after `s
 def _check_finite(model, sampler):
     "Refuse a schedule with a step that is 0 / 0, before the first picture."
     timesteps = model.scheduler.timesteps
-    ones = torch.ones(len(timesteps), *[1] * len(model.latent_shape))
+    ones = torch.ones(len(timesteps), *[1] * len(model.latent_shape or "chw"))
     mean, std = sampler(ones, torch.arange(len(timesteps)), ones)
     odd = ~(mean.isfinite() & std.isfinite()).flatten(1).all(1)
     if not odd.any(): return

@@ -800,8 +800,9 @@ def recorded_settings(
 ) -> dict:  # field -> what JSON can hold
     "The settings of a run as they are recorded: judges and prompts that are no text by their names."
     judges = tuple(r if isinstance(r, str) else get_reward(r).name for r in cfg.eval_rewards)
-    texts = isinstance(cfg.eval_prompts, str) or isinstance(cfg.eval_prompts, tuple) and all(isinstance(p, str) for p in cfg.eval_prompts)
-    prompts = cfg.eval_prompts if texts else get_prompts(cfg.eval_prompts).name
+    prompts = cfg.eval_prompts
+    texts = isinstance(prompts, str | None) or isinstance(prompts, tuple) and all(isinstance(p, str) for p in prompts)
+    if not texts: prompts = get_prompts(prompts).name
     return {f.name: getattr(cfg, f.name) for f in fields(cfg)} | dict(eval_rewards=judges, eval_prompts=prompts)
 
 def _sources(reward):
