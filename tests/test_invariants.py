@@ -145,7 +145,7 @@ def test_rewards_run_while_the_next_batch_is_drawn(pipe_folder, monkeypatch):
     turn = go(pipe_folder, sample_batch_size=3, num_epochs=1, eval_every=0).history
     monkeypatch.setattr(training, "rollout", rollout)
     row = go(pipe_folder, reward=patient, sample_batch_size=3, num_epochs=1, eval_every=0).history.iloc[0]
-    assert calls == [3, 1, 3, 2]  # one picture of the first batch again, by itself
+    assert calls == [3, 2, 3, 2]  # two pictures of the first batch again, by themselves
     assert row.reward_mean == turn.reward_mean[0]
     assert row.reward_work_s > row.reward_s + 0.1  # the first two rewards waited 0.1 s each, the run for the third alone
 
