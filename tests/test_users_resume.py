@@ -395,8 +395,16 @@ def ctrl_c(run, row):
     if row["epoch"] == 1: raise KeyboardInterrupt
 
 
+@pytest.fixture
+def listening():
+    "A process that was started in the background may ignore Ctrl-C."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_ctrl_c_without_a_folder_returns_the_run_so_far(pipe_folder, capsys, method):
+def test_ctrl_c_without_a_folder_returns_the_run_so_far(pipe_folder, capsys, listening, method):
     "Also in the middle of an epoch, by the signal itself: the finished epochs, and a pipeline that is plain. (The first is asked twice.)"
     train, kind, name = METHODS[method]
     inner, calls = get_reward(name), []
