@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .compat import NUMBER, FakeTensorMode, TorchDispatchMode, storage_key, tree_leaves, tree_map
 from .fast import fast
 from .mdp import get_sampler, policy
-from .pipelines import FAMILIES, PIPELINES, Cond, Model, add_lora, cast, data_dir, family, lookup, modules_of, quiet
+from .pipelines import FAMILIES, PIPELINES, Cond, Model, add_lora, cast, data_dir, family, lookup, modules_of, pixels, quiet
 
 # %% ../nbs/09_memory.ipynb #4644d738
 class LiveBytes(TorchDispatchMode):
@@ -245,11 +245,6 @@ class _Copy:
     mode:FakeTensorMode  # the one that all its tensors belong to
     entered:ExitStack  # `fast`, which is never left
 
-def _pixels(model):
-    "Height and width of a picture."
-    factor = 2 ** (len(model.frozen[0].config.block_out_channels) - 1)
-    return tuple(factor * n for n in model.latent_shape[1:])
-
 # %% ../nbs/09_memory.ipynb #562a700f
 def _trained(model, world):
     "Frozen weights in the run's precision, the trained ones in float32."
@@ -422,7 +417,7 @@ class BytesOf:
         model = _copy(world).model
         self.latent32 = 4 * math.prod(model.latent_shape)  # one picture's latents in float32
         self.latent = self.latent32 // 4 * world.dtype.itemsize  # the same in the run's precision
-        self.picture = 4 * 3 * math.prod(_pixels(model))  # decoded, float32
+        self.picture = 4 * 3 * math.prod(pixels(model))  # decoded, float32
         self.gradients = _weights(world)[1]
         self.optimiser_step = _optimiser(world, cfg.use_8bit_adam)[1]  # its workspace
         self.processes, self.noted, self.told = processes, {}, {}
@@ -505,7 +500,7 @@ def _plot(shown, peak, ax):
 def _size(pipe, cfg, resolution):
     "Height and width in pixels: as asked, as a `Model` was opened, as cfg says, or None, the network's own."
     if resolution is not None: return resolution if isinstance(resolution, (tuple, list)) else (resolution, resolution)
-    return _pixels(pipe) if isinstance(pipe, Model) else (cfg.height, cfg.width)
+    return pixels(pipe) if isinstance(pipe, Model) else (cfg.height, cfg.width)
 
 def _device(pipe, device):
     pipe = pipe.pipe if isinstance(pipe, Model) else pipe
@@ -559,7 +554,7 @@ def plan(
     world = _world(pipe, cfg, resolution, device, attention)
     bytes_of = BytesOf(cfg, world)
     phases = _phases(cfg, bytes_of, _always(world, cfg, reward_bytes, reward_model))
-    height, width = _pixels(_copy(world).model)
+    height, width = pixels(_copy(world).model)
     settings = dict(method=cfg.method, resolution=height if height == width else (height, width), device=world.device, attention=attention,
                     mixed_precision=cfg.mixed_precision, trainable=cfg.trainable, **bytes_of.told)
     return MemoryPlan(pd.DataFrame(phases).reindex(PARTS).fillna(0).astype("int64"), settings, bytes_of.noted)

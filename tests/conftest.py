@@ -3,7 +3,7 @@ import os
 THREADS = os.environ.get("ALIGNKIT_TEST_THREADS", "1")  # more of them round otherwise: to see what that turns red
 os.environ.update(OMP_NUM_THREADS=THREADS, MKL_NUM_THREADS=THREADS, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
                   TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg", CUDA_VISIBLE_DEVICES="")  # a GPU rounds otherwise, and cannot be used after a fork
-import json, math, multiprocessing, socket, subprocess, sys
+import json, math, multiprocessing, socket, subprocess, sys, warnings
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -119,6 +119,14 @@ def plain_picture(pipe):
     "One picture by plain diffusers' own call."
     g = torch.Generator().manual_seed(0)
     return pipe("a cat", num_inference_steps=4, guidance_scale=3., eta=1., generator=g, output_type="np", height=32, width=32).images[0]
+
+
+def told(fn, word):
+    "The warnings with a word in them that `fn()` gives."
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fn()
+    return [str(w.message) for w in found if word in str(w.message)]
 
 
 def weights(folder):

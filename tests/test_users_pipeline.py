@@ -15,7 +15,7 @@ from alignkit.memory import plan
 from alignkit.pipelines import adapter_off, add_lora, load, modules_of, open_model, pixels, save_lora
 from alignkit.rewards import Reward, RewardError
 from alignkit.training import check_density
-from conftest import PROMPTS, brightness, go, small
+from conftest import PROMPTS, brightness, go, small, told
 
 HOW = dict(num_inference_steps=3, eta=0.)
 FEW = dict(prompts=["a cow", "a pig"], num_samples=4, num_inference_steps=2, guidance_scale=1., diversity=False)
@@ -456,23 +456,16 @@ def test_guidance_steps_and_size_come_from_the_run(pipe_folder):
     assert_close(row["mean"].item(), brightness(wanted, None).double().mean().item(), rtol=1e-5, atol=0)
 
 
-def told_by(fn):
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        fn()
-    return [str(w.message) for w in told if "emoji" in str(w.message)]
-
-
 def test_judges_of_emoji_say_so(tmp_path):
     load("tiny").save_pretrained(tmp_path / "photos")  # draws as large as the judge wants, and is not the kit's
     few = dict(FEW, rewards=("tiny_aesthetic",))
-    message, = told_by(lambda: evaluate(load("tiny"), **dict(few, prompts=["a castle"])))
+    message, = told(lambda: evaluate(load("tiny"), **dict(few, prompts=["a castle"])), "emoji")
     assert "tiny_aesthetic" in message and "a castle" in message
-    message, = told_by(lambda: evaluate(load(tmp_path / "photos"), **dict(few, diversity=True, prompts=["a cow"])))
+    message, = told(lambda: evaluate(load(tmp_path / "photos"), **dict(few, diversity=True, prompts=["a cow"])), "emoji")
     assert "tiny_aesthetic" in message and "clip='tiny'" in message
-    assert not told_by(lambda: evaluate(load("tiny"), **dict(few, prompts=["a cow", "two foxes"])))
-    assert not told_by(lambda: warn_of_emoji_judges(["jpeg_compressibility", "golden"], None, ["a castle"]))
-    assert told_by(lambda: go(str(tmp_path / "photos"), reward="tiny_aesthetic", num_epochs=1, eval_every=0))
+    assert not told(lambda: evaluate(load("tiny"), **dict(few, prompts=["a cow", "two foxes"])), "emoji")
+    assert not told(lambda: warn_of_emoji_judges(["jpeg_compressibility", "golden"], None, ["a castle"]), "emoji")
+    assert told(lambda: go(str(tmp_path / "photos"), reward="tiny_aesthetic", num_epochs=1, eval_every=0), "emoji")
 
 
 def test_the_evaluation_of_own_prompts_is_their_own(pipe_folder, tmp_path):

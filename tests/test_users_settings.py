@@ -12,7 +12,7 @@ from alignkit.pipelines import encode, load
 from alignkit.prompts import Prompt, get_prompts
 from alignkit.rewards import REWARDS, Reward, RewardError, check_alone, get_reward, get_rewards, score
 from alignkit.runs import read_run
-from conftest import PROMPTS, bits, brightness, updates_of
+from conftest import PROMPTS, bits, brightness, told, updates_of
 
 FEW = dict(num_epochs=1, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=2, updates_per_epoch=1, learning_rate=1e-2,
            fast="onednn")
@@ -335,24 +335,17 @@ def test_metadata_reaches_a_reward_that_asks(pipe_folder, tmp_path):
     with pytest.raises(ValueError, match="prompts_sha256"): go(pipe_folder, num_epochs=2, **how)
 
 
-def said(fn):
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        fn()
-    return [str(w.message) for w in found if "cut off" in str(w.message)]
-
-
 def test_prompts_that_are_too_long_are_told_once(pipe_folder):
     "How many, and the first; in a run all at once; a callable's once."
     long = ["cat " * 100 + "dog", "cat " * 100 + "wolf"]
     pipe = load(pipe_folder)
-    first = said(lambda: encode(pipe, ["a cat", *long]))
+    first = told(lambda: encode(pipe, ["a cat", *long]), "cut off")
     assert len(first) == 1 and "2 of 3 have more than the" in first[0] and "dog" in first[0] and "wolf" not in first[0]
-    assert said(lambda: encode(pipe, long)) == [] and said(lambda: encode(pipe, PROMPTS)) == []
-    told = said(lambda: go(pipe_folder, prompts=["a cat", *long], num_epochs=2))
-    assert len(told) == 1 and "2 of 3" in told[0]
+    assert told(lambda: encode(pipe, long), "cut off") == [] and told(lambda: encode(pipe, PROMPTS), "cut off") == []
+    once = told(lambda: go(pipe_folder, prompts=["a cat", *long], num_epochs=2), "cut off")
+    assert len(once) == 1 and "2 of 3" in once[0]
     def drawn(g): return f"{'cat ' * 100} {int(torch.randint(9, (), generator=g))}"
-    assert len(said(lambda: go(pipe_folder, prompts=drawn, num_epochs=2))) == 1
+    assert len(told(lambda: go(pipe_folder, prompts=drawn, num_epochs=2), "cut off")) == 1
 
 
 # files of a pipeline ---------------------------------------------------------------------------------------------------------------
