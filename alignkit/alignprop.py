@@ -19,8 +19,9 @@ from .mdp import generator_for, policy, predict_original, walk
 from .pipelines import Model, lookup
 from .rewards import NonFiniteReward, RewardError, check_alone, score
 from .runs import Run
-from .training import DATA, SHOWN, Clock, Default, Job, TrainConfig, accumulate, drawing_knobs, embed, epochs, evaluation_phase
-from .training import everyone, finish, halves, noise_of, not_finite, policy_of, record, settled, setup, stop_if_failed
+from .training import DATA, SHOWN, Clock, Job, TrainConfig, accumulate, drawing_knobs, embed, epochs, evaluation_phase
+from .training import everyone, finish, halves, noise_of, not_finite, policy_of, record, stop_if_failed
+from .start import Default, settled, setup
 
 # %% ../nbs/10_alignprop.ipynb #a2f9a5fa
 STRATEGIES = ("full", "last", "uniform", "per_step", "gaussian", "draft_lv", "refl")

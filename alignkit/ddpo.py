@@ -19,8 +19,9 @@ from .logprob import step_log_prob
 from .mdp import Trajectory, generator_for, policy
 from .pipelines import lookup
 from .runs import Run
-from .training import Clock, Default, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
-from .training import record, report, sample, sampling_phases, settled, setup, tell_if_flat, update, update_phases
+from .training import Clock, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
+from .training import record, report, sample, sampling_phases, tell_if_flat, update, update_phases
+from .start import Default, settled, setup
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
 def ddpo_is_loss(

@@ -16,8 +16,9 @@ from torch import Tensor
 from .mdp import generator_for
 from .pipelines import Cond, Model, guided, lookup
 from .runs import Run
-from .training import Clock, Default, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
-from .training import record, report, sample, sampling_phases, settled, setup, tell_if_flat, update, update_phases
+from .training import Clock, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
+from .training import record, report, sample, sampling_phases, tell_if_flat, update, update_phases
+from .start import Default, settled, setup
 
 # %% ../nbs/07_rwr.ipynb #08adc157
 def _checked(rewards, prompts):

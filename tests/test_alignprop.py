@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.testing import assert_close
-from alignkit import training
+from alignkit import start
 from alignkit.alignprop import STRATEGIES, AlignPropConfig, backprop_rollout, kept_steps, one_step_rollout, preset
 from alignkit.alignprop import renoised_last_step, train
 from alignkit.mdp import generator_for, get_sampler, policy
@@ -189,14 +189,14 @@ def test_a_reward_that_is_not_finite_leaves_the_update_out(pipe_folder):
 
 def test_loss_scaling_does_not_step_where_a_reward_failed(pipe_folder):
     "fp16's branch, with the scaler that a CPU has: an update with a NaN in a micro-batch is left out, the others are those of float32."
-    original = training._accelerator
+    original = start._accelerator
     def scaling(precision):
         accelerator = original(precision)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.)
         return accelerator
     same = dict(num_epochs=1, eval_every=0, micro_batch_size=2, adam_weight_decay=0., updates_per_epoch=2, num_inference_steps=2)
     good = updates_of(lambda: go(pipe_folder, **same))
-    with patch("alignkit.training._accelerator", scaling):
+    with patch("alignkit.start._accelerator", scaling):
         scaled = updates_of(lambda: go(pipe_folder, **same))
         run = {}
         bad = failing_at(4, float("nan"))  # of four micro-batches, after the first of which some are asked again by themselves

@@ -43,7 +43,8 @@ def open_loud(pipe, height=None, width=None):
 METHOD = '''
 from dataclasses import dataclass
 from alignkit.mdp import walk
-from alignkit.training import TrainConfig, embed, epochs, finish, noise_of, policy_of, record, report, setup, update
+from alignkit.training import TrainConfig, embed, epochs, finish, noise_of, policy_of, record, report, update
+from alignkit.start import setup
 @dataclass
 class LastStepConfig(TrainConfig):
     method:str = "last_step"

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import alignkit.ddpo as ddpo
 import alignkit.runs as runs
 import alignkit.scorer as scorer
+import alignkit.start as start
 import alignkit.training as training
 import test_rwr
 from alignkit.logprob import step_log_prob
@@ -513,7 +514,8 @@ def occupied(path):
 def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch, case, error, words):
     "A wrong argument is named, with the values there are, before a picture is drawn, and the run folder is not touched."
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
-    for name in ("rollout", "evaluate_fixed", "add_lora"): monkeypatch.setattr(training, name, no_work)
+    for name in ("rollout", "evaluate_fixed"): monkeypatch.setattr(training, name, no_work)
+    monkeypatch.setattr(start, "add_lora", no_work)
     arguments = {**dict(pipe=pipe_folder, reward=brightness, prompts=PROMPTS, cfg=small(), out=tmp_path / "run"), **case(tmp_path)}
     with pytest.raises(error) as caught: ddpo.train(**arguments)
     for word in words: assert word in str(caught.value)

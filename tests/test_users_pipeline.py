@@ -14,7 +14,7 @@ from alignkit.mdp import draw, get_sampler, sample_noise, with_density
 from alignkit.memory import plan
 from alignkit.pipelines import adapter_off, add_lora, load, modules_of, open_model, pixels, save_lora
 from alignkit.rewards import Reward, RewardError
-from alignkit.training import check_density
+from alignkit.start import check_density
 from conftest import PROMPTS, brightness, go, small, told
 
 HOW = dict(num_inference_steps=3, eta=0.)

@@ -117,7 +117,7 @@ def test_a_reward_whose_code_changed_is_told(begun, tmp_path):
     def other(images, prompts): return 2 * images.mean((1, 2, 3))
     with pytest.warns(UserWarning, match="the code of the reward 'brightness' is not what it was"):
         short(begun[1], out, 3, reward=Reward(other, "brightness"), resume=True)
-    from alignkit.training import _sources
+    from alignkit.start import _sources
     assert "".join(_sources(get_reward({brightness: 2., "jpeg_compressibility": 1.}))) == "".join(_sources(bright))
     assert "images[:, 0]" in _sources(bright)[0] and _sources(get_reward("jpeg_compressibility")) == []
 
@@ -166,12 +166,12 @@ def test_defaults_are_defaults_where_nothing_goes_on(tmp_path, monkeypatch):
     def look(model, *args, **how):
         seen.append(model)
         raise Enough
-    import alignkit.training as training
-    monkeypatch.setattr(training, "get_sampler", look)
+    import alignkit.start as start
+    monkeypatch.setattr(start, "get_sampler", look)
     def given(cfg, pipe, reward, prompts, eval_prompts):
         seen.append((cfg, pipe, reward.name, prompts.name))
         return {}
-    monkeypatch.setattr(training, "_config", given)
+    monkeypatch.setattr(start, "_config", given)
     for how in ({}, dict(out=tmp_path / "new", resume=True)):
         with pytest.raises(Enough): ddpo.train(**how)
         assert seen[-2] == (ddpo.DDPOConfig(eval_prompts="heldout_animals"), "tiny", "jpeg_compressibility", "simple_animals")
