@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from .compat import tf32_convolutions
 from .logprob import step_log_prob
 from .mdp import Trajectory, generator_for, policy
 from .pipelines import lookup
@@ -259,7 +260,7 @@ def recomputes(job:Job) -> bool:
     "Whether old log-probs come from the training path."
     cfg = job.cfg
     if cfg.method == "ddpo_sf": return False
-    coarse = cfg.mixed_precision != "no" or job.device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    coarse = cfg.mixed_precision != "no" or job.device.type == "cuda" and tf32_convolutions()
     return coarse if cfg.recompute_log_probs is None else cfg.recompute_log_probs
 
 @torch.no_grad()

@@ -133,9 +133,21 @@ def check_parts(
         warnings.warn("pipe: its safety checker is not asked; what the kit draws is not blackened by it (safety_checker=None says so)")
 
 # %% ../nbs/01_pipelines.ipynb #b472f974
+def _files(source):
+    "Names of the files of a folder, or of a repository: as the hub lists them, offline as they lie in its cache."
+    from huggingface_hub import list_repo_files, snapshot_download
+    folder = Path(source)
+    if not folder.is_dir():
+        try: return list_repo_files(str(source))
+        except Exception:  # no network, or no such repository: the reader itself says which
+            try: folder = Path(snapshot_download(str(source), local_files_only=True))
+            except Exception: return []
+    return [f.relative_to(folder).as_posix() for f in folder.glob("*/*")]
+
 def _variant(source):
-    "'fp16' of a folder that holds its network under that name only, as 'diffusion_pytorch_model.fp16.safetensors'; None: plain names."
-    files = [f.name.split(".") for part in ("unet", "transformer") for f in Path(source).glob(f"{part}/diffusion_pytorch_model*.*")]
+    "'fp16' of a pipeline that holds its network under that name only, as 'diffusion_pytorch_model.fp16.safetensors'; None: plain names."
+    parts = [f"{part}/diffusion_pytorch_model" for part in ("unet", "transformer")]
+    files = [name.rpartition("/")[2].split(".") for name in _files(source) if name.startswith(tuple(parts))]
     weights = [name for name in files if name[-1] in ("safetensors", "bin")]
     return next((name[1] for name in weights if len(name) > 2), None) if all(len(name) > 2 for name in weights) else None
 

@@ -22,7 +22,8 @@ FEW = dict(prompts=["a cow", "a pig"], num_samples=4, num_inference_steps=2, gui
 red = Reward(brightness, "red")
 sdxl_folder = test_families.sdxl_folder
 ORDINARY = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-            "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "DEISMultistepScheduler", "HeunDiscreteScheduler")
+            "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "DEISMultistepScheduler", "HeunDiscreteScheduler",
+            "LMSDiscreteScheduler")
 
 
 def plain(folder, kind=StableDiffusionPipeline):

@@ -1,5 +1,5 @@
 "What users give: settings, rewards and prompts. Right values are those of numpy, plain torch, or a run without the fault."
-import shutil, warnings
+import os, shutil, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from alignkit.pipelines import encode, load
 from alignkit.prompts import Prompt, get_prompts
 from alignkit.rewards import REWARDS, Reward, RewardError, check_alone, get_reward, get_rewards, score
 from alignkit.runs import read_run
-from conftest import PROMPTS, bits, brightness, told, updates_of
+from conftest import PROMPTS, ROOT, bits, brightness, told, updates_of
 
 FEW = dict(num_epochs=1, samples_per_epoch=8, sample_batch_size=5, num_inference_steps=2, updates_per_epoch=1, learning_rate=1e-2,
            fast="onednn")
@@ -355,6 +355,24 @@ def test_a_folder_in_half_precision_only(pipe_folder, tmp_path):
     load(pipe_folder, dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     half, plain = load(tmp_path / "half"), load(pipe_folder)
     for p, q in zip(half.unet.parameters(), plain.unet.parameters(), strict=True): assert torch.equal(p, q.half().float())
+
+
+HUB = """
+from alignkit.pipelines import load
+half, plain = load("owner/half"), load({folder!r})
+assert all(p.equal(q.half().float()) for p, q in zip(half.unet.parameters(), plain.unet.parameters(), strict=True))
+"""
+
+
+def test_a_repository_in_half_precision_only(pipe_folder, tmp_path):
+    "The same of a repository of the hub, here as it lies in the cache of a machine without a network."
+    where = tmp_path / "hub" / "models--owner--half"
+    load(pipe_folder, dtype=torch.float16).save_pretrained(where / "snapshots" / ("0" * 40), variant="fp16")
+    (where / "refs").mkdir()
+    (where / "refs" / "main").write_text("0" * 40)
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", HUB.format(folder=str(pipe_folder))], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_single_file_says_how(tmp_path):
