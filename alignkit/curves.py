@@ -17,11 +17,12 @@ import argparse, json, os, subprocess, sys, warnings
 import pandas as pd
 from PIL import Image
 from . import alignprop, ddpo, rwr
+from .folder import write_atomic
 from .judges import evaluate_fixed, repeated
 from .pipelines import adapter_off, add_lora, data_dir, load_lora, lookup, open_model
 from .prompts import get_prompts
 from .rewards import get_reward, with_unit
-from .runs import Run, evaluations, read_run, watch, write_atomic
+from .runs import Run, evaluations, read_run, watch
 from .training import TrainConfig, drawing
 
 # %% ../nbs/12_curves.ipynb #4cef3217

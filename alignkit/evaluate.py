@@ -19,12 +19,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from .clip_rewards import ClipJudge, crop_pixels, read_clip
+from .folder import RunFolder, image_grid
 from .judges import drift, repeated, warn_of_emoji_judges
 from .mdp import Drawing, draw
 from .pipelines import PIPELINES, WEIGHTS, Model, add_lora, drop_adapters, load, open_model, read_lora, without_adapters
 from .prompts import get_prompts
 from .rewards import get_rewards, score
-from .runs import Run, RunFolder, image_grid
+from .runs import Run
 from .training import drawing
 
 # %% ../nbs/11_evaluate.ipynb #18ea3529

@@ -15,13 +15,14 @@ import hashlib, inspect, json, os, shutil, textwrap, warnings
 import torch
 from .compat import forget_accelerator, plain_name, uncompiled, unwrap_forward
 from .fast import fast, products
+from .folder import FREE, RunFolder, check_config, checkpoints, locked, plain, refuse_if_in_use, write_atomic
 from .judges import warn_of_emoji_judges
 from .mdp import ddim_mean_std, generator_for, get_sampler, with_density
 from .pipelines import PIPELINES, Model, adapted_encoders, add_lora, cast, check_names, check_not_fused, load, modules_of
 from .pipelines import open_model, pixels, tell_cut
 from .prompts import HELDOUT, HPS_SETS, Prompt, Prompts, get_prompts, prompt_names
 from .rewards import REWARDS, Reward, at_rest, get_reward, get_rewards, networks_of, with_gradient
-from .runs import FREE, Run, RunFolder, check_config, checkpoints, locked, plain, refuse_if_in_use, write_atomic
+from .runs import Run
 from .training import Job, TrainConfig, config_of, evaluate, keep_epoch, ran_out_of_memory, restore_newest
 
 # %% ../nbs/06i_start.ipynb #834df5b9

@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from .folder import environment
 from .pipelines import quiet
 from .prompts import ACTIVITIES, SIMPLE_ANIMALS, TINY_ANIMALS, article
 from .rewards import embed_images, name_images
-from .runs import environment
 
 # %% ../nbs/13_tiny.ipynb #7f64f23e
 SIZE = 64  # pixels a side of every picture

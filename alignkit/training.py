@@ -22,12 +22,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .compat import plain_name, uncompiled
 from .fast import LIBRARIES
+from .folder import RunFolder, checkpoints, image_grid, replace_folder, save_checkpoint
 from .judges import drift, evaluate_fixed, repeated
 from .mdp import Drawing, policy, rollout, sample_noise
 from .pipelines import ATTENTION, WEIGHTS, Cond, Model, load_lora, part_name, plain_weights, save_lora, tell_cut
 from .rewards import NonFiniteReward, RewardError
+from .runs import Run, watch
 from .scorer import Scorer
-from .runs import Run, RunFolder, checkpoints, image_grid, replace_folder, save_checkpoint, watch
 
 # %% ../nbs/06h_training.ipynb #b43eafa4
 def _plain(value, kinds):

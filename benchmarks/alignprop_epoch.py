@@ -41,7 +41,7 @@ def alignkit_epochs(pipe, seed, strategy, micro_batch, stored):
     from alignkit.alignprop import AlignPropConfig, train
     from alignkit.pipelines import load
     from alignkit.rewards import Reward
-    from alignkit.runs import environment
+    from alignkit.folder import environment
     pipe, meter = load(pipe), Meter()
     cfg = AlignPropConfig(
         num_epochs=1 + TIMED, seed=seed, samples_per_epoch=PICTURES, updates_per_epoch=1, micro_batch_size=micro_batch,
@@ -55,7 +55,7 @@ def trl_epochs(pipe, seed, strategy, *_):
     PartialState()  # before TRL's logger asks for it
     from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
     from alignkit.prompts import get_prompts
-    from alignkit.runs import environment
+    from alignkit.folder import environment
     pipe, source = DefaultDDPOStableDiffusionPipeline(pipe), get_prompts("simple_animals")
     drawn = (source.sample(seed, epoch, i) for epoch in range(1 + TIMED) for i in range(PICTURES))  # as alignkit draws them
     meter = Meter()

@@ -45,7 +45,7 @@ class Meter:
 def alignkit_epochs(pipe, seed, pairs, precision):
     from alignkit.ddpo import preset, train
     from alignkit.pipelines import load
-    from alignkit.runs import environment
+    from alignkit.folder import environment
     pipe, meter = load(pipe), Meter()
     cfg = preset(
         "trl", mixed_precision=precision, num_epochs=2, seed=seed, samples_per_epoch=PICTURES, updates_per_epoch=UPDATES,
@@ -58,7 +58,7 @@ def trl_epochs(pipe, seed, _, precision):
     PartialState()  # before TRL's logger asks for it
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     from alignkit.prompts import get_prompts
-    from alignkit.runs import environment
+    from alignkit.folder import environment
     pipe, source = DefaultDDPOStableDiffusionPipeline(pipe), get_prompts("simple_animals")
     drawn = (source.sample(seed, epoch, i) for epoch in range(2) for i in range(PICTURES))  # as alignkit draws them
     meter = Meter()

@@ -93,7 +93,7 @@ def ratios(pipe, precision):
 
 def measured(a):
     if not (a.pipe / "model_index.json").is_file(): build(a.pipe)
-    from alignkit.runs import environment
+    from alignkit.folder import environment
     setting = dict(pipe="the architecture of Stable Diffusion 1.5 at 512 pixels", changes=FEW, alignprop_strategy="full")
     rows, result = [], dict(setting=setting, **environment())
     for row in json.loads(a.run.read_text()):

@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 import alignkit.ddpo as ddpo
-import alignkit.runs as runs
+import alignkit.folder as folder
 import alignkit.scorer as scorer
 import alignkit.start as start
 import alignkit.training as training
@@ -243,9 +243,9 @@ def killed_while(moment, pipe_folder, out):
     elif moment == "scoring": at_call(scorer, "score", in_epoch_2)
     elif moment == "training":
         register_optimizer_step_post_hook(lambda *_: len(epochs) == 2 and kill())  # after the first of two updates
-    elif moment == "before the history": at_call(runs.History, "append", lambda args, done: done == 2)
-    elif moment == "writing the history": at_call(runs.History, "append", lambda args, done: done == 2, half_row)
-    elif moment == "after the history": at_call(runs.History, "append", lambda args, done: done == 2, after)
+    elif moment == "before the history": at_call(folder.History, "append", lambda args, done: done == 2)
+    elif moment == "writing the history": at_call(folder.History, "append", lambda args, done: done == 2, half_row)
+    elif moment == "after the history": at_call(folder.History, "append", lambda args, done: done == 2, after)
     elif moment == "writing the checkpoint": at_call(torch, "save", lambda args, done: done == 2, half_file)
     elif moment == "before the rename": at_call(os, "replace", lambda args, done: done == 2 and "epoch_" in str(args[1]))
     elif moment == "after the rename": at_call(os, "replace", lambda args, done: done == 2 and "epoch_" in str(args[1]), after)

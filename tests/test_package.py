@@ -128,7 +128,7 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         r = get_reward({'gold': 1., 'tiny_aesthetic': 1.})
         assert score(r, torch.rand(2, 3, 64, 64), ['cat', 'dog']).shape == (2,)""",
     runs="""
-        from alignkit.runs import RunFolder, environment, image_grid
+        from alignkit.folder import RunFolder, environment, image_grid
         RunFolder('one').create({})
         assert environment()['versions']['torch'] and image_grid(torch.rand(3, 3, 8, 8), 2).size == (16, 16)""",
     judges="""

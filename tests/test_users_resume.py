@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from alignkit import alignprop, ddpo, rwr
 from alignkit.pipelines import load
 from alignkit.rewards import Reward, get_reward
-from alignkit.runs import RunFolder, holder
+from alignkit.folder import RunFolder, holder
 from conftest import PROMPTS, assert_same_run, bits, brightness, go, history, in_child, weights
 
 FEW = dict(samples_per_epoch=4, updates_per_epoch=1, num_inference_steps=3, eval_every=0, fast="onednn")
