@@ -163,6 +163,7 @@ def _read(source, dtype):
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+# %% ../nbs/01_pipelines.ipynb #b472f984
 def load(
     pipe="tiny",  # 'tiny', a folder in diffusers format, a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or a loaded pipeline
     dtype:torch.dtype=torch.float32,  # of the weights; ignored for a loaded pipeline
