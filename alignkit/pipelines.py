@@ -133,7 +133,7 @@ def check_parts(
         warnings.warn("pipe: its safety checker is not asked; what the kit draws is not blackened by it (safety_checker=None says so)")
 
 # %% ../nbs/01_pipelines.ipynb #b472f974
-def _files(source):
+def _file_names(source):
     "Names of the files of a folder, or of a repository: as the hub lists them, offline as they lie in its cache."
     from huggingface_hub import list_repo_files, snapshot_download
     folder = Path(source)
@@ -147,7 +147,7 @@ def _files(source):
 def _variant(source):
     "'fp16' of a pipeline that holds its network under that name only, as 'diffusion_pytorch_model.fp16.safetensors'; None: plain names."
     parts = [f"{part}/diffusion_pytorch_model" for part in ("unet", "transformer")]
-    files = [name.rpartition("/")[2].split(".") for name in _files(source) if name.startswith(tuple(parts))]
+    files = [name.rpartition("/")[2].split(".") for name in _file_names(source) if name.startswith(tuple(parts))]
     weights = [name for name in files if name[-1] in ("safetensors", "bin")]
     return next((name[1] for name in weights if len(name) > 2), None) if all(len(name) > 2 for name in weights) else None
 

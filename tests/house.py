@@ -302,7 +302,17 @@ def private_names(house):
         for line, text in private_uses(tree, own): yield Fault(module, line, f"{module} touches the private {text}")
 
 
-RULES = (upward, circles, bad_tables, later_names, method_names, method_to_method, private_names)
+def twice(house):
+    "A name that a page defines twice: the later one silently takes the place of the earlier."
+    for module, tree in house.trees.items():
+        seen = set()
+        for node in tree.body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
+            if node.name in seen: yield Fault(module, node.lineno, f"{module} defines {node.name} twice")
+            seen.add(node.name)
+
+
+RULES = (upward, circles, bad_tables, later_names, method_names, method_to_method, private_names, twice)
 
 
 # ---- the drawing

@@ -97,6 +97,7 @@ def test_a_circle_is_seen(module):
 
 
 PLANTS = [
+    (house.twice, "mdp", "def walk(): pass", "mdp defines walk twice"),
     (house.bad_tables, "mdp", "REWARDS = {'x': 'mdp:draw'}", "REWARDS stands in 2 modules"),
     (house.bad_tables, "mdp", "REWARDS['x'] = 'mdp:draw'", "REWARDS is changed after it was written"),
     (house.bad_tables, "mdp", "SAMPLERS |= {}", "SAMPLERS is changed after it was written"),

@@ -127,10 +127,13 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     reward_model="""
         r = get_reward({'gold': 1., 'tiny_aesthetic': 1.})
         assert score(r, torch.rand(2, 3, 64, 64), ['cat', 'dog']).shape == (2,)""",
-    runs="""
+    folder="""
         from alignkit.folder import RunFolder, environment, image_grid
         RunFolder('one').create({})
         assert environment()['versions']['torch'] and image_grid(torch.rand(3, 3, 8, 8), 2).size == (16, 16)""",
+    runs="""
+        from alignkit.runs import Run
+        assert list(Run(None, {}, rows=[dict(epoch=0)]).history.columns) == ['epoch']""",
     judges="""
         from alignkit.judges import drift
         from alignkit.pipelines import add_lora
@@ -143,6 +146,10 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     training="""
         from alignkit.training import TrainConfig, drawing
         assert drawing(vars(TrainConfig())).num_inference_steps == 15""",
+    start="""
+        from alignkit.start import settled
+        from alignkit.training import TrainConfig
+        assert settled(None, TrainConfig).num_epochs == 20""",
     ddpo="""
         from alignkit.ddpo import preset, train
         few = dict(samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=2, num_epochs=1)
