@@ -32,7 +32,7 @@ def _git(*args):
     return done.stdout.strip() or None
 
 def _cpu():
-    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError: lines = []
     named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
@@ -61,7 +61,7 @@ def write_atomic(
     "Write beside, then rename: a reader sees the old file or the new one, never half of one."
     path = Path(path)
     beside = path.with_name(path.name + ".part")
-    with open(beside, "w", newline="") as f:
+    with open(beside, "w", newline="", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -97,7 +97,7 @@ def _table(rows, columns):
     return out.getvalue()
 
 def _append_line(file, row, columns):
-    with open(file, "a", newline="") as f:
+    with open(file, "a", newline="", encoding="utf-8") as f:
         csv.DictWriter(f, columns).writerow(row)
         f.flush()
         os.fsync(f.fileno())
@@ -109,7 +109,7 @@ class History:
     file:Path
 
     @property
-    def torn(self) -> bool: return self.file.exists() and not self.file.read_text().endswith("\n")
+    def torn(self) -> bool: return self.file.exists() and not self.file.read_bytes().endswith(b"\n")
 
     def append(self,
         row:dict,  # one epoch
@@ -126,7 +126,7 @@ class History:
     ) -> list[dict]:
         "The finished epochs; a torn last line is left out."
         if not self.file.exists(): return []
-        text = self.file.read_text()
+        text = self.file.read_text(encoding="utf-8", errors="replace")  # a line may be torn within a letter
         whole = text[:text.rfind("\n") + 1]
         rows = [{k: _number(v) for k, v in r.items()} for r in csv.DictReader(io.StringIO(whole))]
         if before is None: return rows
@@ -163,7 +163,7 @@ class RunFolder:
     def record(self) -> dict:  # config, environment, changes; empty where no run has begun
         "All of config.json; where it cannot be read, that is said."
         if not self.config_file.exists(): return dict(config={})
-        try: return json.loads(self.config_file.read_text())
+        try: return json.loads(self.config_file.read_text(encoding="utf-8"))
         except ValueError as e: raise ValueError(f"{self.config_file} is damaged ({e}); without it no run goes on") from e
 
     def config(self) -> dict: return self.record()["config"]  # the settings as they were recorded
@@ -226,7 +226,7 @@ def holder(
     file:Path,  # the lock of a folder
 ) -> dict|None:  # host, pid and start of the process, as far as they can be read; None: nobody
     "Who is at work in a folder; a dead process is nobody."
-    try: text, touched = file.read_text(), file.stat().st_mtime
+    try: text, touched = file.read_text(encoding="utf-8"), file.stat().st_mtime
     except FileNotFoundError: return None
     try: held = dict(json.loads(text))
     except (ValueError, TypeError): held = {}
@@ -247,10 +247,14 @@ def _take(file, mine):
     with _naming_out(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         refuse_if_in_use(file)
+        dead = file.exists()
         file.unlink(missing_ok=True)
-        try: opened = open(file, "x")
+        try: opened = open(file, "x", encoding="utf-8")
         except FileExistsError: return _take(file, mine)  # another process was faster
         with opened as f: f.write(mine)
+    if not dead: return
+    time.sleep(0.1)  # another may have found the same dead lock, and removed this one in its place
+    if not file.exists() or file.read_text(encoding="utf-8") != mine: _take(file, mine)
 
 def _beat(file, done):
     "Signs of life, until the run is over."
@@ -269,7 +273,7 @@ def locked(
     try: yield
     finally:
         done.set()
-        if file.is_file() and file.read_text() == mine: file.unlink(missing_ok=True)
+        if file.is_file() and file.read_text(encoding="utf-8") == mine: file.unlink(missing_ok=True)
 
 # %% ../nbs/06_folder.ipynb #f6448f19
 def checkpoints(

@@ -241,10 +241,11 @@ def make_tokenizer(
     merges, alphabet = _merges(words), [c for b, c in sorted(_bytes_to_unicode().items())]
     pieces = [*alphabet, *[c + "</w>" for c in alphabet], *["".join(m.split(" ")) for m in merges], start, end]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     special = dict(bos_token=start, eos_token=end, pad_token=end, unk_token=end)
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="CLIPTokenizer", model_max_length=16, **special)))
+    settings = dict(tokenizer_class="CLIPTokenizer", model_max_length=16, **special)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
 
 # %% ../nbs/13_tiny.ipynb #85977664
@@ -519,7 +520,7 @@ def _keep(file, module, opt, ema, step, minutes, rows):
     "Everything that a run of `fit` needs to go on, and its log."
     state = dict(module=module.state_dict(), opt=opt.state_dict(), step=step, minutes=minutes, rows=rows)
     _replace(state | (dict(ema=ema.state_dict()) if ema else {}), file)
-    with open(file.with_name("log.csv"), "w", newline="") as f:
+    with open(file.with_name("log.csv"), "w", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, rows[0].keys() if rows else ["step"])
         w.writeheader()
         w.writerows(rows)
@@ -572,7 +573,7 @@ def save(
     for folder in (out, beside): _halve(folder)
     if work:
         for name in STEPS: shutil.copy(Path(work) / name / "log.csv", out / f"log_{name}.csv")
-        (out / "log_environment.json").write_text(json.dumps(environment(), indent=2))
+        (out / "log_environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
 
 # %% ../nbs/13_tiny.ipynb #d36e3813
 STAGES = ("clip", "vae", "decoder", "unet", "save")

@@ -1,11 +1,11 @@
 "What users of such kits do to a run that should go on: other weights, two processes, torn files, callbacks, Ctrl-C."
-import hashlib, json, multiprocessing, os, shutil, signal, subprocess, sys, time
+import hashlib, json, multiprocessing, os, platform, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from alignkit import alignprop, ddpo, rwr
+from alignkit import alignprop, ddpo, folder, rwr
 from alignkit.pipelines import load
 from alignkit.rewards import Reward, get_reward
 from alignkit.folder import RunFolder, holder
@@ -263,6 +263,29 @@ def test_a_dead_run_s_lock_is_taken_over(pipe_folder, tmp_path):
     short(pipe_folder, out, resume=True)
     short(pipe_folder, tmp_path / "alone")
     assert bits(history(out)) == bits(history(tmp_path / "alone")) and not (out / "lock").exists()
+
+
+def test_two_that_find_the_same_dead_lock_do_not_both_take_it(tmp_path, monkeypatch):
+    "The slower one removes the lock that the faster one has just written; then one of them has the folder, and the other is refused."
+    file, ends = tmp_path / "lock", []
+    file.write_text(json.dumps(dict(host=platform.node(), pid=2**22 + 1, began=0.)))
+
+    def take(name):
+        try:
+            folder._take(file, name)
+            ends.append(name)
+        except RuntimeError as e: ends.append(str(e))
+    faster, unlink = threading.Thread(target=take, args=("faster",)), Path.unlink
+
+    def slower_unlink(path, missing_ok=False):
+        monkeypatch.setattr(Path, "unlink", unlink)
+        faster.start()
+        while file.read_text() != "faster": time.sleep(0.001)
+        unlink(path, missing_ok=missing_ok)
+    monkeypatch.setattr(Path, "unlink", slower_unlink)
+    take("slower")
+    faster.join()
+    assert "slower" in ends and "in use by another run" in ends[1 - ends.index("slower")] and file.read_text() == "slower"
 
 
 def test_a_lock_of_another_machine_counts_while_it_is_touched(pipe_folder, begun, tmp_path):
