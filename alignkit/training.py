@@ -29,6 +29,7 @@ from .pipelines import ATTENTION, WEIGHTS, Cond, Model, load_lora, part_name, pl
 from .rewards import NonFiniteReward, RewardError
 from .runs import Run, watch
 from .scorer import Scorer
+from .settings import explained
 
 # %% ../nbs/06h_training.ipynb #b43eafa4
 def _plain(value, kinds):
@@ -48,6 +49,10 @@ def _is_a(value, kind):
 # %% ../nbs/06h_training.ipynb #b43eafa5
 class Checked:
     "What a config says when a setting is impossible: its name, the reason and what was given."
+    def __init_subclass__(cls, **how):
+        super().__init_subclass__(**how)
+        cls.__doc__ = explained(cls)
+
     def settle(self):
         "Every setting as the plain value that it stands for, or refused because it is of another kind."
         for f in fields(self):
@@ -98,7 +103,7 @@ class SampleConfig(Checked):
     eta:float = 1.  # DDIM noise: 0 deterministic, 1 as noisy as DDPM
     sampler:str = "ddim"  # of `mdp.SAMPLERS`
     height:int|None = None  # pixels; None: what the model was trained for
-    width:int|None = None
+    width:int|None = None  # pixels
 
     def check(self):
         "Refuse impossible settings before any work is done."

@@ -80,6 +80,9 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     show="""
         from alignkit.show import show_row
         assert show_row(torch.rand(2, 3, 8, 8), 'ab').data[:4] == b'\\x89PNG'""",
+    settings="""
+        from alignkit.settings import settings_of
+        assert settings_of('A', 'class A:\\n    x:int = 1  # one')[0].comment == 'one'""",
     compat="""
         from alignkit.compat import storage_key
         assert storage_key((x := torch.rand(3)).untyped_storage()) == storage_key(x[1:].untyped_storage())""",
