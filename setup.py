@@ -19,6 +19,6 @@ setup(
     install_requires=cfg.get("requirements", "").split(),
     extras_require={"rewards": cfg["rewards_requirements"].split(), "dev": (cfg["rewards_requirements"] + " " + cfg["dev_requirements"]).split()},
     long_description=(root / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={"console_scripts": [f"{cfg['lib_name']}={cfg['lib_path']}.cli:main"], "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

@@ -5,7 +5,7 @@ from textwrap import dedent
 import pytest
 from conftest import ROOT
 
-MODULES = sorted(p.stem for p in (ROOT / "alignkit").glob("*.py") if p.stem not in ("__init__", "_modidx"))
+MODULES = sorted(p.stem for p in (ROOT / "alignkit").glob("*.py") if p.stem not in ("__init__", "__main__", "_modidx"))
 NEVER = {"nbdev", "fastcore", "matplotlib", "IPython", "pytest"}  # no exported module needs one of these to be imported
 
 
@@ -184,6 +184,9 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         import numpy
         from alignkit.tiny import load_glyphs, render
         assert render('cat', 'riding a bike', numpy.random.default_rng(0), load_glyphs(GLYPHS)).shape == (64, 64, 3)""",
+    cli="""
+        from alignkit.cli import settings_in
+        assert settings_in('ddpo')['clip_range'].default == '2e-3'""",
 )
 
 
