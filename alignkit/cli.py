@@ -6,10 +6,10 @@
 __all__ = ['METHODS', 'app', 'DEBUG', 'ARGUMENTS', 'Sets', 'Pipe', 'Rewards', 'PromptsFrom', 'Preset', 'Config', 'TITLES',
            'trains', 'BARS', 'CURVES', 'STYLE', 'Many', 'MethodName', 'H', 'CHECKS', 'settings_in', 'value_of',
            'changes_of', 'pairs_of', 'reward_of', 'guarded', 'command', 'main', 'settle', 'resume', 'bars', 'show',
-           'page_of', 'rewards', 'prompts', 'presets', 'evaluate', 'mix', 'plan', 'fit', 'curves', 'check_log_prob',
-           'check_ratio', 'check_gradient', 'doctor']
+           'page_of', 'rewards', 'prompts', 'presets', 'evaluate', 'mix', 'plan', 'fit', 'serve_reward', 'curves',
+           'check_log_prob', 'check_ratio', 'check_gradient', 'doctor']
 
-# %% ../nbs/14_cli.ipynb #ab49ae6d
+# %% ../nbs/14_cli.ipynb #5fa761ab
 import difflib, functools, importlib, os, sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Annotated, Optional
 import typer, typer.core
 from .settings import Setting, lines_of, settings_of
 
-# %% ../nbs/14_cli.ipynb #1d9fc9bd
+# %% ../nbs/14_cli.ipynb #c749a599
 METHODS = {"ddpo": "DDPOConfig", "rwr": "RWRConfig", "alignprop": "AlignPropConfig"}  # module -> its config
 
 def _text_of(module): return (Path(find_spec("alignkit").origin).parent / f"{module}.py").read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def value_of(
     several = "tuple" in kinds and ("," in text or "str" not in kinds)
     return tuple(part.strip() for part in text.split(",") if part.strip()) if several else given
 
-# %% ../nbs/14_cli.ipynb #172dae9f
+# %% ../nbs/14_cli.ipynb #a6c3fdf4
 def changes_of(
     method:str,  # of `METHODS`
     given:dict,  # setting -> text or value
@@ -63,7 +63,7 @@ def pairs_of(
     if odd := [text for text in given if not text.partition("=")[1]]: raise ValueError(f"--set: name=value, got {odd[0]!r}")
     return {name.strip().replace("-", "_"): value for name, _, value in (text.partition("=") for text in given)}
 
-# %% ../nbs/14_cli.ipynb #73f8265e
+# %% ../nbs/14_cli.ipynb #681f0d3f
 def _module(where):
     "A file of the user's, or a module by its name."
     if not where.endswith(".py"):
@@ -85,19 +85,20 @@ def _function(spec):
     return getattr(module, name)
 
 def reward_of(
-    spec,  # a name, 'file.py:function', 'module:function', 'a=1,b=0.5', 'http://...', or a dict of weights
+    spec,  # a name, 'file.py:function', 'module:function', 'a=1,b=0.5', 'http://...' (several: with commas), or a dict of weights
 ):  # what `train` takes as reward
     "The reward that was typed, under the name that was typed."
+    from alignkit.remote import remote_reward
     from alignkit.rewards import get_reward
     if isinstance(spec, dict): return get_reward({reward_of(k): float(w) for k, w in spec.items()})
-    if spec.startswith(("http://", "https://")): raise ValueError("reward: an address needs the page on remote rewards")
-    if "=" in spec: found = reward_of(dict(part.rsplit("=", 1) for part in spec.split(",")))
+    if spec.startswith(("http://", "https://")): found = remote_reward(*spec.split(","))
+    elif "=" in spec: found = reward_of(dict(part.rsplit("=", 1) for part in spec.split(",")))
     elif ":" in spec: found = get_reward(_function(spec))
     else: return spec
     found.name = spec
     return found
 
-# %% ../nbs/14_cli.ipynb #6782e45c
+# %% ../nbs/14_cli.ipynb #f0824bbc
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Align text-to-image diffusion models with a reward: DDPO, RWR, AlignProp.")
 DEBUG = []  # holds something where tracebacks are wanted
@@ -134,7 +135,7 @@ def main():
     "The program."
     app(prog_name="alignkit")
 
-# %% ../nbs/14_cli.ipynb #66d1b6b8
+# %% ../nbs/14_cli.ipynb #cd4e8a7d
 ARGUMENTS = ("pipe", "reward", "prompts", "out", "preset")  # of a YAML file; the rest of it are settings
 
 def _file(path):
@@ -172,7 +173,7 @@ def settle(
     if "reward" in said: said["reward"] = reward_of(said["reward"])
     return said, cfg
 
-# %% ../nbs/14_cli.ipynb #db22407d
+# %% ../nbs/14_cli.ipynb #dd3131e0
 Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="A setting; may be repeated.")]
 Pipe = Annotated[Optional[str], typer.Option(help="'tiny', a folder in diffusers format, or a hub id.")]
 Rewards = Annotated[Optional[str], typer.Option(metavar="REWARD", help="A name, file.py:function, module:function, a=1,b=0.5, http://...")]
@@ -196,7 +197,7 @@ def _done(run):
     print(f"{run.stopped or 'done'}: {len(run.rows)} epochs, reward {first['reward_mean']:.4g} to {last['reward_mean']:.4g}{held}")
     print(f"{run.folder.path}: history.csv, samples/, lora/ (pipe.load_lora_weights reads it); alignkit show {run.folder.path}")
 
-# %% ../nbs/14_cli.ipynb #c4ba4012
+# %% ../nbs/14_cli.ipynb #050112c6
 class _WithSettings(typer.core.TyperCommand):
     "A command whose help ends with all settings of its method."
     def format_epilog(self, ctx, formatter):
@@ -223,7 +224,7 @@ trains = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a 
 app.add_typer(trains, name="train")
 for _method in METHODS: trains.command(_method, cls=_WithSettings, help=TITLES[_method])(guarded(_make_train(_method)))
 
-# %% ../nbs/14_cli.ipynb #93fc815f
+# %% ../nbs/14_cli.ipynb #bb648cac
 def _dry(pipe, cfg):
     "The settled config, and what it needs."
     from dataclasses import asdict
@@ -231,7 +232,7 @@ def _dry(pipe, cfg):
     print("\n".join(f"{k}: {v!r}" for k, v in asdict(cfg).items()))
     print(f"\n{plan(pipe, cfg)}")
 
-# %% ../nbs/14_cli.ipynb #dc396d95
+# %% ../nbs/14_cli.ipynb #f4c18ce2
 def _method_of(folder):
     "The method whose `train` made a run."
     from alignkit.folder import RunFolder
@@ -256,7 +257,7 @@ def resume(
     typed |= dict(reward=reward_of(reward)) if reward else _own_reward(run)
     _done(_train(method, resume=run, override=changes_of(method, pairs_of(sets)) or None, **typed))
 
-# %% ../nbs/14_cli.ipynb #6070c2c2
+# %% ../nbs/14_cli.ipynb #f83884f0
 BARS = "▁▂▃▄▅▆▇█"
 
 def bars(
@@ -274,7 +275,7 @@ def bars(
     except UnicodeEncodeError: line = "".join("_.-=*#%@"[k] if np.isfinite(x) else " " for k, x in zip(level, v))
     return f"{low:.4g} {line} {high:.4g}"
 
-# %% ../nbs/14_cli.ipynb #fcc03680
+# %% ../nbs/14_cli.ipynb #2f06fe09
 CURVES = ("reward_mean", "eval_reward_mean", "eval_kl", "approx_kl", "clipfrac", "grad_norm")  # columns of the history
 
 def _told(run, rows):
@@ -301,7 +302,7 @@ def show(
     html.write_text(page_of(recorded), encoding="utf-8")
     print(f"\n{html}")
 
-# %% ../nbs/14_cli.ipynb #5a78f43f
+# %% ../nbs/14_cli.ipynb #e5dc977d
 def _inline(picture):
     "A PNG file, or its bytes, inside a page."
     import base64
@@ -340,7 +341,7 @@ def page_of(
              run.history.round(4).to_html(index=False), "<h2>Settings</h2>", table(settings), "<h2>Made with</h2>", table(more)]
     return f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>' + "\n".join(parts)
 
-# %% ../nbs/14_cli.ipynb #53981b5c
+# %% ../nbs/14_cli.ipynb #ad263169
 def _line(thing):
     "The first line of what a function, or the class of an object, says of itself."
     import inspect
@@ -376,14 +377,14 @@ def presets():
         for name, changes in module.PRESETS.items():
             print(f"{method:10} {name:22} {', '.join(f'{k}={v}' for k, v in changes.items())}")
 
-# %% ../nbs/14_cli.ipynb #667a2809
+# %% ../nbs/14_cli.ipynb #96151f91
 @command
 def _settings(method: Annotated[str, typer.Argument(help="ddpo, rwr or alignprop")]):
     "All settings of a method, with their defaults and what they mean."
     if method not in METHODS: raise ValueError(f"method: one of {', '.join(METHODS)}, got {method!r}")
     print(lines_of(settings_in(method).values()))
 
-# %% ../nbs/14_cli.ipynb #0bbff427
+# %% ../nbs/14_cli.ipynb #99996b2a
 Many = Annotated[list[str], typer.Argument(help="Runs, LoRA folders or files, pipelines.")]
 
 @command
@@ -417,7 +418,7 @@ def mix(
     save_lora(open_model(mixed).net, out, mixed)
     print(f"{out}: pipe.load_lora_weights reads it")
 
-# %% ../nbs/14_cli.ipynb #f2e410a6
+# %% ../nbs/14_cli.ipynb #a762d8f1
 MethodName = Annotated[str, typer.Argument(help="ddpo, rwr or alignprop")]
 
 @command
@@ -442,6 +443,19 @@ def fit(
     print(" ".join(f"--set {k}={v}" for k, v in way.items()))
     print(plan(said["pipe"], chosen))
 
+# %% ../nbs/14_cli.ipynb #52aaae3c
+@command
+def serve_reward(
+    reward: Annotated[str, typer.Argument(help="A name, file.py:function, module:function or a sum.")],
+    host: Annotated[str, typer.Option(help="127.0.0.1: this machine; 0.0.0.0: all who reach it, without a password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: one that is free.")] = 8000,
+    device: Annotated[str, typer.Option(help="Where the pictures go, such as cuda.")] = "cpu",
+):
+    "Answer for a reward over HTTP; `train --reward http://host:port` asks it."
+    from alignkit.remote import serve
+    serve(reward_of(reward), host=host, port=port, device=device)
+
+# %% ../nbs/14_cli.ipynb #75828a26
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True, help_option_names=[]))
 def curves(ctx: typer.Context):
     "Every method on the embedded pipeline, one plot; `alignkit curves --help` has its own options."
@@ -450,7 +464,7 @@ def curves(ctx: typer.Context):
     sys.argv = with_arguments
     main()
 
-# %% ../nbs/14_cli.ipynb #073fb887
+# %% ../nbs/14_cli.ipynb #691a6420
 def _one_step(device):
     "A model with an adapter that does something, and two stored steps of it."
     import torch
@@ -484,7 +498,7 @@ def check_ratio(device) -> float:  # largest |ratio - 1|
     with torch.no_grad(): again = [step_log_prob(walk.latents[:, i + 1], *step(i, walk.latents[:, i])) for i in range(4)]
     return ((torch.stack(again, 1) - walk.log_probs).exp() - 1).abs().max().item()
 
-# %% ../nbs/14_cli.ipynb #f603f43a
+# %% ../nbs/14_cli.ipynb #02b785e8
 H = 1e-2  # length of the step of a difference quotient
 
 def check_gradient(device) -> float:  # relative difference
@@ -503,7 +517,7 @@ def check_gradient(device) -> float:  # relative difference
             for p, s in zip(params, slope): p -= sign * H * s / size
     return abs((ends[0] - ends[1]) / (2 * H) / size.item() - 1)
 
-# %% ../nbs/14_cli.ipynb #b3e91b66
+# %% ../nbs/14_cli.ipynb #a99a2a6a
 CHECKS = {  # what -> function of a device, and the most it may give
     "log-prob of a step, against float64": (check_log_prob, 1e-5),
     "ratio before any update, from 1": (check_ratio, 0.),

@@ -114,6 +114,9 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         with Scorer(get_reward(lambda images, prompts: [1.] * len(prompts))) as scorer:
             scorer.submit(torch.rand(2, 3, 8, 8), ['a', 'b'])
             assert scorer.result().tolist() == [1, 1]""",
+    remote="""
+        from alignkit.remote import pack, unpack
+        assert unpack(pack(torch.rand(2, 3, 8, 8), ['a', 'b']), 4, 64)[1] == ['a', 'b']""",
     jpeg_soft="""
         r = get_reward('jpeg_soft')
         assert r.differentiable and score(r, torch.rand(2, 3, 16, 16), ['a', 'b']).shape == (2,)""",
