@@ -608,7 +608,7 @@ def _settings_of_peft(path):
     file = folder / "adapter_config.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
-def _files(path):
+def _lora_file(path):
     "State, alphas by layer and settings of a LoRA in diffusers', kohya's or peft's format; names as in the network."
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
@@ -630,7 +630,7 @@ def read_lora(
     path:str|Path,  # a folder or file as diffusers, kohya's scripts or peft write it
 ) -> dict[str, tuple[Tensor, Tensor, float]]:  # layer -> A (r, d_in), B (d_out, r) and alpha / r: what is added to its weight is (alpha / r) B A
     "A LoRA on disk, layer by layer, whoever wrote it."
-    state, alphas, settings = _files(Path(path))
+    state, alphas, settings = _lora_file(Path(path))
     if odd := [k for k in state if not k.endswith((".lora_A.weight", ".lora_B.weight"))]:
         raise ValueError(f"the adapter in {path} is no plain LoRA: it has {odd[0]}")
     layers = {}
