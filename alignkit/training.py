@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .compat import plain_name, uncompiled
+from .compat import uncompiled
 from .fast import LIBRARIES
 from .folder import SHOWN, RunFolder, checkpoints, image_grid, replace_folder, save_checkpoint
 from .judges import drift, evaluate_fixed, repeated
 from .mdp import Drawing, policy, rollout, sample_noise
-from .pipelines import ATTENTION, WEIGHTS, Cond, Model, load_lora, part_name, plain_weights, save_lora, tell_cut
+from .pipelines import ATTENTION, Cond, Model, load_lora, part_name, plain_weights, save_lora, tell_cut
 from .rewards import NonFiniteReward, RewardError
-from .runs import Run, watch
+from .runs import Run, describe_finished, put_weights, watch, weights_file
 from .scorer import Scorer
 from .settings import explained
 
@@ -495,7 +495,9 @@ def _write(job, epoch, row, over):
     cfg, folder = job.cfg, job.folder
     folder.history.append(row)
     if cfg.early_stop and job.run.best_epoch == epoch:
-        replace_folder(folder.path / f"{_weights_name(job)}_best", lambda where: save_weights(job, where))
+        best = folder.path / f"{_weights_name(job)}_best"
+        replace_folder(best, lambda where: save_weights(job, where))
+        (best / "README.md").unlink(missing_ok=True)  # the card of the one before; `finish` writes one
     if over or (epoch + 1) % cfg.save_every == 0: keep_epoch(job, epoch)
 
 # %% ../nbs/06h_training.ipynb #91c4e7d2
@@ -597,20 +599,10 @@ def _whole(file, read):
         if ran_out_of_memory(e): raise
         raise Damaged(f"{file} is {'damaged' if file.is_file() else 'missing'} ({type(e).__name__}: {e})") from e
 
-def _weights_of(where, cfg):
-    "The file with what was trained."
-    old = where / "unet.safetensors"  # before 0.2
-    if cfg.trainable == "lora": return where / WEIGHTS
-    return old if old.is_file() else where / "diffusion_pytorch_model.safetensors"
-
 def _state_of(file, names):
     state = json.loads(file.read_text())
     if lacks := [name for name in ("step", "queries", "wall", *names) if name not in state]: raise KeyError(f"it has no {lacks[0]!r}")
     return state
-
-def _put_all_weights(net, saved):
-    own = {plain_name(k): k for k in net.state_dict()}
-    net.load_state_dict({own.get(k, k): w for k, w in saved.items()})
 
 # %% ../nbs/06h_training.ipynb #4be07d13
 def restore(
@@ -619,11 +611,11 @@ def restore(
 ):
     "Go on exactly where the checkpoint was written. It is read before anything is changed; `Damaged` names a file that is not whole."
     from safetensors.torch import load_file
-    weights = _whole(_weights_of(where, job.cfg), load_file)
+    weights = _whole(weights_file(where, job.cfg.trainable), load_file)
     optimizer = _whole(where / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
     state = _whole(where / "state.json", lambda file: _state_of(file, job.state))
     if job.cfg.trainable == "lora": load_lora(job.model.net, where)
-    else: _put_all_weights(uncompiled(job.model.net), weights)
+    else: put_weights(uncompiled(job.model.net), weights)
     job.optimizer.load_state_dict(optimizer)
     job.now.epoch, job.now.steps = int(where.name[6:]) + 1, state["step"]
     job.now.queries, job.now.wall = state["queries"], state["wall"]
@@ -661,8 +653,10 @@ def epochs(job:Job):
         bar.set_postfix(reward=f"{job.run.rows[-1]['reward_mean']:.3f}")
 
 def finish(job:Job) -> Run:
-    "The weights on disk, and the run."
-    if job.folder and job.main: save_weights(job, job.folder.path / _weights_name(job))
+    "The weights on disk, a card beside them, and the run."
+    if job.folder and job.main:
+        save_weights(job, job.folder.path / _weights_name(job))
+        describe_finished(job.run)
     return job.run
 
 # %% ../nbs/06h_training.ipynb #30b9d379
