@@ -17,7 +17,7 @@ import hashlib, io, json, math, os, warnings
 import pandas as pd
 import torch
 from PIL import Image
-from .card import describe, push, sheets
+from .card import describe, duration, push, sheets
 from .compat import plain_name, uncompiled
 from .folder import RunFolder, checkpoints
 from .kohya import read_header, save_kohya
@@ -184,8 +184,8 @@ def summary(
     told = dict(run=f"{c.get('method')} on {c.get('pipe')}, seed {c.get('seed')}", reward=with_unit(str(c.get("reward"))))
     told["epochs"] = "none is finished"
     if rows:
-        minutes, scored = rows[-1].get("wall_s", 0) / 60, int(rows[-1].get("queries", 0))
-        told["epochs"] = f"{len(rows)} of {c.get('num_epochs', len(rows))}, {scored} pictures scored, {minutes:.1f} min of training"
+        took, scored = duration(rows[-1].get("wall_s", 0)), int(rows[-1].get("queries", 0))
+        told["epochs"] = f"{len(rows)} of {c.get('num_epochs', len(rows))}, {scored} pictures scored, {took} of training"
         told["training samples"] = f"{rows[0]['reward_mean']:.4g} -> {rows[-1]['reward_mean']:.4g}"
     told |= _looked_at(run)
     if run.weights_epoch is not None: told["weights"] = f"of epoch {run.weights_epoch}"
