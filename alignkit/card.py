@@ -8,6 +8,7 @@ __all__ = ['LICENCES', 'LOST', 'Base', 'base_of', 'looks', 'judges_of', 'duratio
 
 # %% ../nbs/06c_card.ipynb #60b8e1d9
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import json, math, re, shutil
@@ -58,7 +59,7 @@ def base_of(
     source = given if there else str(getattr(pipe, "name_or_path", None) or "") or None
     folder = data_dir() / PIPELINES[source] if source in PIPELINES else Path(source).expanduser() if source else None
     if folder and not folder.is_dir(): folder = None
-    index = json.loads((folder / "model_index.json").read_text()) if folder and (folder / "model_index.json").is_file() else {}
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if folder and (folder / "model_index.json").is_file() else {}
     hub = _hub_name(index.get("_name_or_path")) or _hub_name(source)
     name = source if source in PIPELINES else hub if hub and not folder else Path(source).name if source else given
     return Base(name, source, hub, bool(folder or not there) and source not in PIPELINES, _licence(folder, hub))
@@ -121,7 +122,7 @@ def cautions(
         for name, column in judged.items(): out += _fallen(seen, column, f"The judge `{name}`")
         out += _past_the_stop(run, seen)
         if not judged: out.append("No judge but the reward itself looked at the pictures: what else became of them is for your eyes.")
-    if run.stopped: out.append(f"The run was {run.stopped}.")
+    if run.stopped: out.append(f"The run was {escape(run.stopped, quote=False)}.")
     rows = [r for r in run.rows if r["epoch"] <= epoch]
     skipped = rows[-1].get("skipped", 0) if rows else 0
     if skipped and skipped == skipped: out.append(f"{int(skipped)} pictures had no finite reward and were left out.")
@@ -290,7 +291,7 @@ def _what(run, base, kinds, epoch):
             f"in {took} of training.")
 
 # %% ../nbs/06c_card.ipynb #40d8b2f7
-def _listed(prompts): return "row by row: " + ", ".join(f"“{p}”" for p in prompts) + "."
+def _listed(prompts): return "row by row: " + ", ".join(f"“{escape(' '.join(p.split()), quote=False)}”" for p in prompts) + "."
 
 def _pictures(run, shown):
     "The sheets, each with what stands on it."
@@ -384,6 +385,7 @@ def run_texts(
     same = {k: c.get(k) for k in ("num_epochs", "seed", "learning_rate", "mixed_precision")}
     kohya = dict(sd_model_name=base.name, epoch=epoch, steps=steps[-1] if steps else None, **same, training_comment=told)
     spec = dict(title=f"{c['reward']}, by {c['method']}", description=told, license=licence, usage_hint="no trigger word")
+    if c.get("height") and c.get("width"): spec["resolution"] = f"{c['width']}x{c['height']}"
     ours = dict(version=_record(run)["versions"].get("alignkit"), method=c["method"], reward=c["reward"], base=base.name, epoch=epoch)
     texts = {"ss": kohya, "modelspec": spec, "alignkit": ours}
     joints = {"ss": "_", "modelspec": ".", "alignkit": "."}

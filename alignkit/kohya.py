@@ -154,6 +154,7 @@ def network_texts(
     original = format == "kohya" and _is_xl(net)
     code = "https://github.com/Stability-AI/generative-models" if original else "diffusers"  # whose names of layers these are
     spec = dict(sai_model_spec="1.0.0", architecture=f"{architecture}/lora", implementation=code)
-    spec |= dict(prediction_type={"epsilon": "epsilon", "v_prediction": "v"}.get(predicts))
+    side = (c.get("sample_size") or 0) * getattr(pipe, "vae_scale_factor", 0) if isinstance(c.get("sample_size"), int) else 0
+    spec |= dict(prediction_type={"epsilon": "epsilon", "v_prediction": "v"}.get(predicts), resolution=f"{side}x{side}" if side else None)
     texts = {f"ss_{k}": v for k, v in dict(kohya, base_model_version=version).items()} | {f"modelspec.{k}": v for k, v in spec.items()}
     return {k: v for k, v in texts.items() if v is not None}

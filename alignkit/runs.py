@@ -96,7 +96,7 @@ class Run:
     def save_pipeline(self, folder:str|Path):
         "A plain pipeline, adapters added to the weights: `DiffusionPipeline.from_pretrained(folder)` loads it. `run.pipe` stays as it is."
         write_pipeline(self, folder)
-    def push_to_hub(self, repo_id:str, format:str="both", private:bool|None=None, token:str|None=None, endpoint:str|None=None) -> str:
+    def push_to_hub(self, repo_id:str, format:str="diffusers", private:bool|None=None, token:str|None=None, endpoint:str|None=None) -> str:
         "Send the adapter (of a run that trained all weights, the pipeline) to the hub with its card; see `push_run`."
         return push_run(self, repo_id, format, private, token, endpoint)
     @classmethod
@@ -275,7 +275,7 @@ def write_pipeline(
 def push_run(
     run:Run,
     repo_id:str,  # 'owner/name', or a name of yours
-    format:str="both",  # of an adapter, as for `write_lora`; diffusers' own file is the one that is loaded by the repository's name
+    format:str="diffusers",  # of an adapter, as for `write_lora`; of 'both', diffusers' file is the one that is loaded by the repository's name
     private:bool|None=None, token:str|None=None, endpoint:str|None=None,  # see `card.push`
 ) -> str:  # address of the repository
     "What `run.push_to_hub` does. Nothing is sent before the weights and the card are written whole."

@@ -242,7 +242,7 @@ def test_cards_of_an_interrupted_and_of_a_longer_run(pipe_folder, lora_run, tmp_
     stopped = lambda run, row: row["epoch"] == 0
     run = go(pipe_folder, tmp_path / "run", callbacks=[stopped], **FEW)
     text = (run.folder.path / "lora" / "README.md").read_text(encoding="utf-8")
-    assert "The run was stopped after epoch 0 by the callback <lambda>." in text
+    assert "The run was stopped after epoch 0 by the callback &lt;lambda&gt;." in text  # an element of HTML otherwise
 
 
 def test_a_card_that_fails_takes_nothing_away(pipe_folder, tmp_path, monkeypatch):
@@ -445,7 +445,7 @@ def test_push_to_hub(lora_run, tmp_path, monkeypatch, nowhere_else):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage has a protocol of its own
     with hub(lfs=[".safetensors", ".png"]) as (address, got):
-        where = lora_run.push_to_hub("animals", private=True, token="hf_none", endpoint=address)
+        where = lora_run.push_to_hub("animals", "both", private=True, token="hf_none", endpoint=address)
     assert where == f"{address}/me/animals"
     assert got["repo"]["name"] == "animals" and (got["repo"].get("visibility") == "private" or got["repo"].get("private"))
     assert_received(lora_run, got, "animals")
@@ -458,7 +458,7 @@ def test_push_to_hub(lora_run, tmp_path, monkeypatch, nowhere_else):
 
 def test_push_to_hub_as_a_user_does(lora_run, pipe_folder):
     "A fresh process, the address of the hub in the environment, a run that was read back."
-    script = f"from alignkit.runs import Run\nprint(Run.load({str(lora_run.folder.path)!r}).push_to_hub('animals'))"
+    script = f"from alignkit.runs import Run\nprint(Run.load({str(lora_run.folder.path)!r}).push_to_hub('animals', format='both'))"
     with hub() as (address, got):
         env = os.environ | dict(HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_TOKEN="hf_none", HF_HUB_DISABLE_TELEMETRY="1")
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)

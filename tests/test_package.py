@@ -163,6 +163,14 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         assert len(run.history) == 1
         run.save_lora('lora')
         run.plot('queries')""",
+    card="""
+        from alignkit.card import cautions
+        from alignkit.runs import Run
+        assert cautions(run, 0) and open('lora/README.md').read().startswith('---')
+        assert 'ddpo_is on' in repr(Run.load('two'))""",
+    kohya="""
+        from alignkit.kohya import save_kohya
+        assert save_kohya(run.net, 'kohya').name == 'kohya.safetensors'""",
     memory="""
         from alignkit.memory import plan
         from alignkit.ddpo import DDPOConfig
