@@ -59,7 +59,8 @@ def base_of(
     source = given if there else str(getattr(pipe, "name_or_path", None) or "") or None
     folder = data_dir() / PIPELINES[source] if source in PIPELINES else Path(source).expanduser() if source else None
     if folder and not folder.is_dir(): folder = None
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if folder and (folder / "model_index.json").is_file() else {}
+    file = folder / "model_index.json" if folder else None
+    index = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
     hub = _hub_name(index.get("_name_or_path")) or _hub_name(source)
     name = source if source in PIPELINES else hub if hub and not folder else Path(source).name if source else given
     return Base(name, source, hub, bool(folder or not there) and source not in PIPELINES, _licence(folder, hub))

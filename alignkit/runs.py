@@ -113,7 +113,7 @@ def read_run(
     "A recorded run: its history and config, for plotting."
     files = RunFolder(folder)
     if not files.config_file.is_file(): raise FileNotFoundError(f"{folder}: no run there (it has no config.json)")
-    base = json.loads(files.base_file.read_text()) if files.base_file.is_file() else {}
+    base = json.loads(files.base_file.read_text(encoding="utf-8")) if files.base_file.is_file() else {}
     rows = files.history.read()
     if files.history.torn: warnings.warn(f"{folder}: the last line of history.csv is torn and left out; {len(rows)} epochs are read")
     return Run(None, files.config(), files, rows, base)
