@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 import test_families
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from alignkit import runs
 from alignkit.evaluate import read_adapter
-from alignkit.kohya import read_header, save_kohya
+from alignkit.kohya import original_name, read_header, save_kohya
 from alignkit.pipelines import ATTENTION, WEIGHTS, add_lora, read_lora
 from alignkit.rewards import Reward
 from alignkit.runs import Run, read_run
@@ -94,6 +96,29 @@ def test_kohyas_file(request, tmp_path, model, kind):
     assert np.abs(picture(pipe) - base).max() > 1e-3
     assert np.abs(picture(plain) - picture(pipe)).max() < 1e-5
     if model == "sd": assert_same_deltas(products(read_lora(tmp_path / "mine")), ours)  # of SDXL two layers a block are read, as it has
+
+
+REAL = {  # the networks of Stable Diffusion 1.5 and SDXL
+    "sd": dict(cross_attention_dim=768, attention_head_dim=8),
+    "sdxl": dict(
+        block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), use_linear_projection=True,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)}
+
+
+@pytest.mark.parametrize("model, layers", [("sd", 282), ("sdxl", 794)])
+def test_every_layer_of_the_real_networks(model, layers):
+    "diffusers' reader takes each by its name in kohya's file for the layer that it was; a number stands for the weights."
+    with torch.device("meta"): net = UNet2DConditionModel(**REAL[model])
+    names = [n for n, m in net.named_modules() if type(m) in (torch.nn.Linear, torch.nn.Conv2d)]
+    spelled = {n: original_name(n, net.config) if model == "sdxl" else n for n in names}
+    state = {f"lora_unet_{spelled[n].replace('.', '_')}.{w}": torch.tensor([[float(i)]])
+             for i, n in enumerate(names) for w in ("lora_down.weight", "lora_up.weight")}
+    assert len(state) == 2 * layers
+    read, _ = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
+    read = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in read.items()})
+    assert {k.removesuffix(".lora_A.weight"): v.item() for k, v in read.items() if "lora_A" in k} == {n: i for i, n in enumerate(names)}
 
 
 @pytest.mark.parametrize("kind", PATTERNS)
