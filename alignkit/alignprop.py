@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'PRESETS', 'kept_steps', 'keeping', 'backprop_rollout', 'original', 'one_step_rollout',
            'renoised_last_step', 'decode_sliced', 'AlignPropConfig', 'preset', 'alignprop_loss',
-           'differentiable_pictures', 'finite_score', 'Skipped', 'step_or_skip', 'means', 'train', 'most_kept',
-           'update_cost']
+           'differentiable_pictures', 'finite_score', 'per_picture', 'Skipped', 'step_or_skip', 'means', 'train',
+           'most_kept', 'update_cost']
 
 # %% ../nbs/10_alignprop.ipynb #4664ae4c
 from dataclasses import dataclass, replace
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from .mdp import generator_for, policy, predict_original, walk
 from .pipelines import Model, lookup
-from .rewards import NonFiniteReward, RewardError, check_alone, score
-from .runs import Run
-from .training import DATA, SHOWN, Clock, Job, TrainConfig, accumulate, drawing_knobs, embed, epochs, evaluation_phase
-from .training import everyone, finish, halves, noise_of, not_finite, policy_of, record, stop_if_failed
+from .rewards import NonFiniteReward, RewardError, check_alone, hear_parts, names_of_parts, score
+from .runs import Latest, Run
+from .training import DATA, SHOWN, Clock, Job, TrainConfig, accumulate, counted, drawing_knobs, embed, epochs
+from .training import evaluation_phase, everyone, finish, halves, noise_of, not_finite, part_means, policy_of
+from .training import record, stop_if_failed
 from .start import Default, settled, setup
 
 # %% ../nbs/10_alignprop.ipynb #a2f9a5fa
@@ -249,6 +250,13 @@ def finite_score(
         raise ValueError(f"reward: {job.reward.name!r} says that it has a gradient, but returned numbers without one")
     return r
 
+def per_picture(
+    values:Tensor|None,  # of a reward, copies of one picture a batch apart; None: there was no answer
+    n:int,  # pictures
+) -> Tensor:  # (n,) on the CPU: means over the copies
+    "What each picture got."
+    return torch.full((n,), float("nan")) if values is None else values.detach().view(-1, n).mean(0).cpu()
+
 # %% ../nbs/10_alignprop.ipynb #998ffc17
 class Skipped:
     "How many updates were left out; part of the checkpoint."
@@ -301,23 +309,25 @@ def train(
     cfg, skipped = settled(cfg, AlignPropConfig, out, resume, override), Skipped()
     size = cfg.samples_per_epoch // cfg.updates_per_epoch
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient=True, skipped=skipped) as job:
+        names = list(names_of_parts(job.reward).values())
         for epoch in epochs(job):
             clock, texts = Clock(sample_s=0., reward_s=0.), [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
-            rewards, shown, updates, kept_count = {}, [], [], []  # rewards by the picture's index
+            rewards, parts, shown, updates, kept_count = {}, {name: {} for name in names}, [], [], []  # rewards by the picture's index
 
             def loss_of(pictures, kept):
                 with clock("sample_s"), job.accelerator.autocast():
                     images, prompts = differentiable_pictures(job, epoch, pictures, [texts[i] for i in pictures], kept)
-                with clock("reward_s"): r = finite_score(job, epoch, images, prompts)
+                with clock("reward_s"), hear_parts(job.reward) as heard: r = finite_score(job, epoch, images, prompts)
                 room = min(len(pictures), SHOWN - sum(map(len, shown)))
-                if room > 0: shown.append(images.detach()[:room].clone())
-                seen = torch.full((len(pictures),), float("nan")) if r is None else r.detach().view(-1, len(pictures)).mean(0).cpu()
-                rewards.update(zip(pictures, seen))
+                if room > 0: shown.append(images.detach()[:room].to("cpu", torch.float32, copy=True))
+                rewards.update(zip(pictures, per_picture(r, len(pictures))))
+                for name in names: parts[name].update(zip(pictures, per_picture(heard.get(name), len(pictures))))
+                job.meter.tick(0, f"reward {torch.stack(list(rewards.values())).nanmean():.4g}")
                 if r is None: return images.mean() * 0, {}  # the other processes wait for this backward
                 return alignprop_loss(r, cfg.loss_coeff, cfg.reward_target).mean(), {}
 
             with clock("all_s"):
-                for u in range(cfg.updates_per_epoch):
+                for u in counted(job, range(cfg.updates_per_epoch)):
                     mine = list(range(u * size + job.rank, (u + 1) * size, job.world))  # this process's pictures
                     kept = kept_steps(cfg.strategy, cfg.num_inference_steps, generator_for(cfg.seed, "kept", epoch, u), cfg.truncation_k)
                     kept_count.append(kept.sum().item())
@@ -327,10 +337,13 @@ def train(
                     if norm is not None: updates.append(dict(made, grad_norm=norm))
             job.now.queries += cfg.samples_per_epoch
             going_back = clock.pop("all_s") - clock["sample_s"] - clock["reward_s"]
-            scored = everyone(job, torch.stack(list(rewards.values())), list(rewards))
+            order, mine = list(rewards), torch.stack(list(rewards.values()))
+            scored, images = everyone(job, mine, order), torch.cat(shown)
+            latest = Latest(images, [texts[i] for i in order[:len(images)]], mine[:len(images)], scored)
+            each = part_means(job, {name: torch.stack(list(values.values())) for name, values in parts.items()}, order)
             counts = dict(kept_steps=sum(kept_count) / len(kept_count), skipped=skipped.count)
             times = dict(clock, reward_work_s=clock["reward_s"], train_s=going_back)
-            if record(job, epoch, scored, torch.cat(shown), **means(job, updates), **counts, **times): break
+            if record(job, epoch, scored, latest, **means(job, updates), **each, **counts, **times): break
         finish(job)
     return job.run
 

@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-import argparse, json, os, subprocess, sys, warnings
+import argparse, json, os, subprocess, sys, time, warnings
 import pandas as pd
 from PIL import Image
 from . import alignprop, ddpo, rwr
-from .folder import write_atomic
+from .cost import Underway, follow, work_of
+from .folder import RunFolder, sheet_rows, write_atomic
 from .judges import evaluate_fixed, repeated
 from .pipelines import adapter_off, add_lora, data_dir, load_lora, lookup, open_model
 from .prompts import get_prompts
@@ -240,10 +241,11 @@ def sample_strip(
     "The same held-out prompts and noise: base model on top, then the kept epoch, then the last."
     def name(epoch): return "base" if epoch < 0 else f"epoch_{epoch:04d}"
     epochs = (-1, kept_epoch(run), int(evaluations(run).epoch.iloc[-1]))
-    pictures = [Image.open(run.folder.path / "samples" / f"{name(e)}.png") for e in epochs]
-    width, height = pictures[0].width, rows * pictures[0].width // 8
-    strip = Image.new("RGB", (width, 3 * height + 16), "white")
-    for i, p in enumerate(pictures): strip.paste(p.crop((0, 0, width, height)), (0, i * (height + 8)))
+    sheets = [sheet_rows(run.folder.path / "samples" / f"{name(e)}.png")[:rows] for e in epochs]
+    width, height = sheets[0][0].size
+    strip = Image.new("RGB", (width, 3 * rows * height + 16), "white")
+    for i, sheet in enumerate(sheets):
+        for k, row in enumerate(sheet): strip.paste(row, (0, i * (rows * height + 8) + k * height))
     return strip
 
 # %% ../nbs/12_curves.ipynb #16d9a1fd
@@ -272,34 +274,44 @@ def _evaluate_again(run, epochs, folders):
 SHORT = dict(num_epochs=16, eval_samples=48)  # of 64 pictures; the others draw as many in all
 ALIASES = {"aesthetic": "tiny_aesthetic", "compressibility": "jpeg_compressibility", "alignment": "tiny_alignment"}  # on the embedded pipeline
 
-def run_one(
-    out:str|Path,  # its folder is out/<reward>/<method>_seed<seed>
-    reward:str, method:str, seed:int,  # of `TASKS`, of `METHODS`
-    num_epochs:int|None=None,  # None: as in `TASKS` and `METHODS`
-    short:bool=False,  # 1024 reward queries, fewer pictures an evaluation
-    progress:bool=False,
-) -> Run:
-    "Train one method on one reward in this process, or go on where an earlier call was cut off."
+def _settings(reward, method, seed, num_epochs, short, progress=None):
+    "Prompts and config, as for `run_one`."
     changes = dict(seed=seed, progress=progress)
     prompts, cfg = task_config(reward, method, **changes)
     if short:
         as_many = SHORT["num_epochs"] * 64 // cfg.samples_per_epoch
         prompts, cfg = task_config(reward, method, **changes, **dict(SHORT, num_epochs=as_many))
     if num_epochs is not None: cfg.num_epochs = num_epochs
+    return prompts, cfg
+
+def run_one(
+    out:str|Path,  # its folder is out/<reward>/<method>_seed<seed>
+    reward:str, method:str, seed:int,  # of `TASKS`, of `METHODS`
+    num_epochs:int|None=None,  # None: as in `TASKS` and `METHODS`
+    short:bool=False,  # 1024 reward queries, fewer pictures an evaluation
+    progress:bool|None=None,  # see `TrainConfig`
+) -> Run:
+    "Train one method on one reward in this process, or go on where an earlier call was cut off."
+    prompts, cfg = _settings(reward, method, seed, num_epochs, short, progress)
     run = METHODS[method][0].train("tiny", reward, prompts, cfg, out=Path(out) / reward / f"{method}_seed{seed}", resume=True)
     final_evaluation(run)
     return run
 
 # %% ../nbs/12_curves.ipynb #4dffed72
-def _start(out, task, num_epochs, short):
+def _start(out, task, num_epochs, short, run):
     "One run in a process of its own, on one thread; what went wrong, or None."
+    run.began = time.time()
+    failed = _in_process(out, task, num_epochs, short)
+    run.ended = "failed" if failed else "done"
+    return failed
+
+def _in_process(out, task, num_epochs, short):
     log = out / "logs" / "{}_{}_seed{}.log".format(*task)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     call = f"from alignkit.curves import run_one; run_one({str(out)!r}, *{task!r}, {num_epochs}, {short})"
     with open(log, "w") as f: code = subprocess.run([sys.executable, "-c", call], stdout=f, stderr=f, env=env).returncode
     if code: return f"{' '.join(map(str, task))}: {(log.read_text().strip().splitlines() or ['it was killed'])[-1]} (all of it in {log})"
-    print(f"{task[0]}, {task[1]}, seed {task[2]}: done", flush=True)
 
 def reproduce(
     out:str|Path,
@@ -308,11 +320,17 @@ def reproduce(
     jobs:int|None=None,  # processes at a time, one thread each; None: as many as there are cores
 ) -> list[Run]:
     "Several runs side by side. Those that are finished are only read; a run that fails does not stop the others, and is named at the end."
-    for reward, method, seed in tasks: task_config(reward, method, seed=seed)
-    out = Path(out)
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        failed = [f for f in pool.map(lambda task: _start(out, task, num_epochs, short), tasks) if f]
-    if failed:
+    out, jobs = Path(out), jobs or os.cpu_count() or 1
+    def underway(reward, method, seed):
+        work = work_of(_settings(reward, method, seed, num_epochs, short)[1], finals=3)
+        return Underway(f"{reward}, {method}, seed {seed}", RunFolder(out / reward / f"{method}_seed{seed}"), work)
+    runs = [underway(*task) for task in tasks]
+    with ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(_start, out, task, num_epochs, short, run) for task, run in zip(tasks, runs)]
+        try: follow(runs, jobs, lambda: all(s.done() for s in started))
+        finally:
+            for s in started: s.cancel()  # where this process is interrupted, those that wait do not begin
+    if failed := [s.result() for s in started if s.result()]:
         raise RuntimeError(f"{len(failed)} of {len(tasks)} runs failed; the same call goes on with what is in {out}:\n" + "\n".join(failed))
     return [read_run(out / reward / f"{method}_seed{seed}") for reward, method, seed in tasks]
 

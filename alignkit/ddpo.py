@@ -19,8 +19,8 @@ from .compat import tf32_convolutions
 from .logprob import step_log_prob
 from .mdp import Trajectory, generator_for, policy
 from .pipelines import lookup
-from .runs import Run
-from .training import Clock, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
+from .runs import Latest, Run
+from .training import Clock, Job, TrainConfig, counted, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
 from .training import record, report, sample, sampling_phases, tell_if_flat, update, update_phases
 from .start import Default, settled, setup
 
@@ -234,14 +234,13 @@ def gather(
     job:Job, epoch:int,
     indices:list[int],  # this process's pictures
     texts:list[str],  # the prompts of all pictures of the epoch
-) -> tuple[Trajectory, Tensor, Tensor, dict]:  # this process's walks; all rewards; the first pictures; seconds by part
+) -> tuple[Trajectory, Tensor, Latest, dict]:  # this process's walks; all rewards; the first pictures; columns of the record
     "Draw and score an epoch, and keep the walks in one piece."
     n, S = len(indices), job.cfg.num_inference_steps
     walks = Trajectory(torch.empty(n, *job.noise_shape, dtype=job.dtype, device=job.device), torch.empty(n, S, device=job.device))
     def keep(rows, part): walks.latents[rows], walks.log_probs[rows] = part.latents, part.log_probs
     def scored(*step): return step_log_prob(*step, job.cfg.log_prob_reduction)
-    rewards, images, seconds = sample(job, epoch, indices, texts, keep, scored)
-    return walks, rewards, images, seconds
+    return walks, *sample(job, epoch, indices, texts, keep, scored)
 
 # %% ../nbs/08_ddpo.ipynb #e183f628
 def advantages_of(
@@ -273,8 +272,11 @@ def recomputed(
     "Old log-probs from the training path, where a batch of another shape rounds otherwise by more than clip_range allows for."
     old, job.now.doing = walks.log_probs.clone(), "training"
     others = job.cfg.timestep_fraction < 1  # then each pass over the epoch has other steps; else the first one has them all
-    for micro_batches in batches[:None if others else job.cfg.updates_per_epoch]:
-        for row, at in micro_batches: old[row, at] = log_prob_of(row, at)
+    todo = [pairs for micro_batches in batches[:None if others else job.cfg.updates_per_epoch] for pairs in micro_batches]
+    job.meter.part("old log-probs", len(todo), "batches")
+    for row, at in todo:
+        old[row, at] = log_prob_of(row, at)
+        job.meter.tick()
     return old
 
 # %% ../nbs/08_ddpo.ipynb #56243a13
@@ -297,8 +299,9 @@ def train(
             groups, clock = update_groups(cfg, epoch, job.rank, job.world), Clock()
             mine = [i for group in groups for i in group]
             texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
-            walks, rewards, images, seconds = gather(job, epoch, mine, texts)
+            walks, rewards, latest, columns = gather(job, epoch, mine, texts)
             A, cond = advantages_of(job, epoch, stats, texts, rewards)[mine].to(job.device), embed(job, [texts[i] for i in mine])
+            ratios = []
 
             def log_prob_of(row, at):
                 with job.accelerator.autocast(): return pair_log_prob(policy_of(job, cond[row]), walks, row, at, cfg.log_prob_reduction)
@@ -307,6 +310,7 @@ def train(
                 log_prob = log_prob_of(row, at)
                 if cfg.method == "ddpo_sf": return ddpo_sf_loss(log_prob, A[row], cfg.adv_clip_max), {}
                 loss, info = ddpo_is_loss(log_prob, old[row, at], A[row], cfg.clip_range, cfg.adv_clip_max)
+                ratios.append(info["ratio"])
                 return loss, dict(approx_kl=info["approx_kl"], clipfrac=info["clipfrac"])
 
             # update: passes over the pairs of picture and timestep
@@ -315,9 +319,10 @@ def train(
                 passes = list(product(range(cfg.num_inner_epochs), range(cfg.updates_per_epoch)))
                 batches = [pair_batches(cfg, epoch, inner, u, range(starts[u], starts[u + 1]), groups[u]) for inner, u in passes]
                 old = recomputed(job, walks, batches, log_prob_of) if recomputes(job) else walks.log_probs
-                updates = [update(job, pairs, loss_of) for pairs in batches]
-            if record(job, epoch, rewards, images, **report(job, updates), **seconds, **clock): break
-            walks = cond = images = None  # not beside the next epoch's
+                updates = [update(job, pairs, loss_of) for pairs in counted(job, batches)]
+            if ratios: latest.ratios = torch.cat(ratios).cpu()
+            if record(job, epoch, rewards, latest, **report(job, updates), **columns, **clock): break
+            walks = cond = latest = None  # not beside the next epoch's
         finish(job)
     return job.run
 

@@ -6,13 +6,14 @@
 __all__ = ['jpeg_incompressibility', 'jpeg_compressibility', 'kit_clip', 'CLIP_MEAN', 'CLIP_STD', 'clip_named', 'clip_diversity',
            'clip_diversity_all', 'REWARDS', 'UNITS', 'to_uint8', 'jpeg_size_kb', 'check_images', 'Reward', 'load_clip',
            'embed_images', 'embed_texts', 'name_images', 'with_unit', 'weighted_sum', 'get_reward', 'get_rewards',
-           'with_gradient', 'RewardError', 'NonFiniteReward', 'score', 'not_a_number', 'check_alone', 'networks_of',
-           'at_rest']
+           'with_gradient', 'names_of_parts', 'hear_parts', 'RewardError', 'NonFiniteReward', 'score', 'not_a_number',
+           'check_alone', 'networks_of', 'at_rest']
 
 # %% ../nbs/05_rewards.ipynb #cdb05f76
 import inspect, io, math, operator, os, re, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from numbers import Number
 from types import CellType, ModuleType
@@ -299,6 +300,29 @@ def with_gradient() -> list[str]:
     "The names that have a gradient, for messages."
     return [name for name in REWARDS if get_reward(name).differentiable]
 
+# %% ../nbs/05_rewards.ipynb #6857c935
+_HEARD = ContextVar("heard", default=({}, {}))  # names of the parts that are listened to, and what they answered
+
+def _leaves(reward): return [leaf for part in reward.parts for leaf in _leaves(part)] or [reward]
+
+def names_of_parts(
+    reward,  # a `Reward`
+) -> dict:  # id of a part -> its name, each another one
+    "The rewards that a sum is put together from; none where it is no sum."
+    found = list({id(leaf): leaf for leaf in _leaves(reward)}.values()) if reward.parts else []
+    before = [[other.name for other in found[:k]].count(leaf.name) for k, leaf in enumerate(found)]
+    return {id(leaf): f"{leaf.name}_{n + 1}" if n else leaf.name for leaf, n in zip(found, before)}
+
+@contextmanager
+def hear_parts(
+    reward,  # a `Reward`
+):  # yields a dict, which fills while the reward is asked: name of a part -> (B,) its first answer
+    "Listen to the parts of a sum while the sum is asked, so that nothing is asked twice."
+    heard = {}
+    token = _HEARD.set((names_of_parts(reward), heard))
+    try: yield heard
+    finally: _HEARD.reset(token)
+
 # %% ../nbs/05_rewards.ipynb #6857c936
 class RewardError(RuntimeError):
     "A reward that raised, or returned something that cannot be learned from."
@@ -321,6 +345,8 @@ def score(
         more = " ..." if len(prompts) > 3 else ""
         raise RewardError(f"{where}: raised {type(e).__name__}: {e} (prompts {prompts[:3]}{more})") from e
     r = _numbers(r, prompts, where)
+    names, heard = _HEARD.get()
+    if id(reward) in names: heard.setdefault(names[id(reward)], r.detach())
     if finite and not r.isfinite().all(): raise NonFiniteReward(not_a_number(reward, images, prompts, r, epoch))
     return r
 
@@ -395,8 +421,6 @@ def _held(thing):
         return [*cells, *(thing.__globals__[n] for n in thing.__code__.co_names if n in thing.__globals__), *(thing.__defaults__ or ())]
     plain = isinstance(thing, (type, ModuleType, str, Number, Tensor, np.ndarray)) or not hasattr(thing, "__dict__")
     return [] if plain else list(vars(thing).values())
-
-def _leaves(reward): return [leaf for part in reward.parts for leaf in _leaves(part)] or [reward]
 
 def networks_of(
     *rewards,  # `Reward`s

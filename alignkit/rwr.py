@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from .mdp import generator_for
 from .pipelines import Cond, Model, guided, lookup
-from .runs import Run
-from .training import Clock, Job, TrainConfig, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
+from .runs import Latest, Run
+from .training import Clock, Job, TrainConfig, counted, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
 from .training import record, report, sample, sampling_phases, tell_if_flat, update, update_phases
 from .start import Default, settled, setup
 
@@ -177,7 +177,7 @@ def gather(
     job:Job, epoch:int,
     indices:list[int],  # this process's pictures
     texts:list[str],  # the prompts of all pictures of the epoch
-) -> tuple[Tensor, Tensor, Tensor, dict]:  # this process's finished latents, float32; all rewards; the first pictures; seconds by part
+) -> tuple[Tensor, Tensor, Latest, dict]:  # this process's finished latents, float32; all rewards; the first pictures; columns of the record
     "Draw and score an epoch; of a walk only the end is kept."
     latents = torch.empty(len(indices), *job.model.latent_shape, device=job.device)
     def keep(rows, part): latents[rows] = part.latents[:, -1].float()
@@ -224,7 +224,7 @@ def train(
             # sample and score this process's pictures; all processes know all rewards, and share the pictures that have a weight
             clock, mine = Clock(), list(range(job.rank, cfg.samples_per_epoch, job.world))
             texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
-            latents, rewards, images, seconds = gather(job, epoch, mine, texts)
+            latents, rewards, latest, columns = gather(job, epoch, mine, texts)
             weights, kept = weigh(cfg, rewards, texts)
             tell_if_flat(job, epoch, rewards, bool((rewards == rewards[kept[0]]).all()))
             x0, place = shared(job, latents, mine, kept), {i: k for k, i in enumerate(kept)}
@@ -240,13 +240,13 @@ def train(
             # regress: passes over the kept pictures, each with new timesteps and noise
             updates = []
             with clock("train_s"):
-                for inner in range(cfg.num_inner_epochs):
-                    for group in update_groups(kept, cfg, epoch, inner):
-                        batches, rows = dealt(job, group)
-                        updates.append(update(job, [(*b, inner) for b in batches], loss_of, rows))
+                passes = [(inner, group) for inner in range(cfg.num_inner_epochs) for group in update_groups(kept, cfg, epoch, inner)]
+                for inner, group in counted(job, passes):
+                    batches, rows = dealt(job, group)
+                    updates.append(update(job, [(*b, inner) for b in batches], loss_of, rows))
             effective = (weights.sum()**2 / (weights**2).sum()).item()
-            if record(job, epoch, rewards, images, **report(job, updates), effective_samples=effective, **seconds, **clock): break
-            latents = x0 = images = None  # not beside the next epoch's
+            if record(job, epoch, rewards, latest, **report(job, updates), effective_samples=effective, **columns, **clock): break
+            latents = x0 = latest = None  # not beside the next epoch's
         finish(job)
     return job.run
 

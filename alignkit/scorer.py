@@ -6,11 +6,34 @@
 __all__ = ['Scorer']
 
 # %% ../nbs/05g_scorer.ipynb #41a8885f
-import time
+import math, time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
-from .rewards import Reward, check_alone, not_a_number, score
+from .rewards import Reward, check_alone, hear_parts, not_a_number, score
+
+# %% ../nbs/05g_scorer.ipynb #6c8b09a5
+def _asked(scorer, images, prompts):
+    "Ask for a batch, and note what came of it."
+    with hear_parts(scorer.reward) as heard: r = score(scorer.reward, images, prompts, scorer.epoch, scorer.finite)
+    for name, values in heard.items(): scorer.parts[name].append(values)
+    there = r[r.isfinite()]
+    scorer.count, scorer.sum = scorer.count + len(there), scorer.sum + there.sum().item()
+    if len(there) < len(r): scorer.told.append(not_a_number(scorer.reward, images, prompts, r, scorer.epoch))
+    if scorer.alone: scorer.alone = check_alone(scorer.reward, images, prompts, r, scorer.epoch)
+    return r
+
+def _timed(scorer, images, prompts):
+    if scorer._failed: return torch.zeros(len(prompts))  # never seen: result() raises before it comes to this batch
+    if images.is_cuda: torch.cuda.set_device(images.device)  # a new thread starts on the first GPU
+    began = time.perf_counter()
+    try:
+        with torch.no_grad(): return _asked(scorer, images, prompts)  # each thread has its own grad mode
+    except BaseException:
+        scorer._failed = True
+        raise
+    finally: scorer.seconds += time.perf_counter() - began
 
 # %% ../nbs/05g_scorer.ipynb #6c8b09a6
 class Scorer:
@@ -23,33 +46,26 @@ class Scorer:
     ):
         self.reward, self.epoch, self.finite, self.alone = reward, epoch, finite, alone
         self.seconds, self.told = 0., []  # spent in the reward so far; one message a batch with numbers that are not finite
+        self.count, self.sum, self.parts = 0, 0., defaultdict(list)  # finite rewards so far; what the parts of a sum said, batch by batch
         self._jobs, self._failed, self._thread = [], False, ThreadPoolExecutor(1, "reward")
     def submit(self,
         images:Tensor, prompts:list[str],  # as for `score`; left alone until `result`
     ):
         "Hand over a batch; returns at once."
-        self._jobs.append(self._thread.submit(self._score, images, prompts))
-    def result(self) -> Tensor:  # of all batches since the last result, (B,) as from `score`
+        self._jobs.append((self._thread.submit(self._score, images, prompts), len(prompts)))
+    @property
+    def mean(self) -> float: return self.sum / self.count if self.count else math.nan  # of the rewards so far
+    def result(self,
+        tell=None,  # called with the pictures of each batch, when it is scored
+    ) -> Tensor:  # of all batches since the last result, (B,) as from `score`
         "Wait for the rewards; raises the `RewardError` of the first batch that failed."
         jobs, self._jobs = self._jobs, []
         if not jobs: raise ValueError("Scorer: no batch was submitted")
-        wait(jobs)  # all of them: those after a failure are skipped, and none is scored behind the caller's back
+        for job, n in jobs:  # all of them: those after a failure are skipped, and none is scored behind the caller's back
+            wait([job])
+            if tell: tell(n)
         self._failed = False
-        return torch.cat([job.result() for job in jobs])
-    def _score(self, images, prompts):
-        if self._failed: return torch.zeros(len(prompts))  # never seen: result() raises before it comes to this batch
-        if images.is_cuda: torch.cuda.set_device(images.device)  # a new thread starts on the first GPU
-        began = time.perf_counter()
-        try:
-            with torch.no_grad(): return self._asked(images, prompts)  # each thread has its own grad mode
-        except BaseException:
-            self._failed = True
-            raise
-        finally: self.seconds += time.perf_counter() - began
-    def _asked(self, images, prompts):
-        r = score(self.reward, images, prompts, self.epoch, self.finite)
-        if not r.isfinite().all(): self.told.append(not_a_number(self.reward, images, prompts, r, self.epoch))
-        if self.alone: self.alone = check_alone(self.reward, images, prompts, r, self.epoch)
-        return r
+        return torch.cat([job.result() for job, _ in jobs])
+    def _score(self, images, prompts): return _timed(self, images, prompts)
     def __enter__(self): return self
     def __exit__(self, *_): self._thread.shutdown(wait=True, cancel_futures=True)

@@ -6,16 +6,17 @@
 __all__ = ['page', 'light', 'photo', 'show_row', 'thumbs']
 
 # %% ../nbs/00_show.ipynb #191d7869
-import io
+import io, os
 from torch import Tensor
 
-# %% ../nbs/00_show.ipynb #4b1e435e
+# %% ../nbs/00_show.ipynb #4b1e435d
 def page(
     dpi:int=75,  # dots per inch of a figure
     font_size:int=9,  # points
     width:int=180,  # characters of a printed table
 ):
-    "How a page of this kit computes and draws: one thread, a fixed global seed, small figures without a frame."
+    "How a page of this kit computes and draws: one thread, a fixed global seed, small figures without a frame, no progress bars."
+    os.environ.setdefault("ALIGNKIT_PROGRESS", "0")  # a widget that is drawn anew all the time has no place in a stored page
     import matplotlib.pyplot as plt
     import pandas as pd
     import torch
@@ -25,6 +26,7 @@ def page(
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     pd.set_option("display.width", width, "display.max_colwidth", 60)
 
+# %% ../nbs/00_show.ipynb #4b1e435e
 def light(
     fig=None,  # matplotlib figure; None: the current one
     colors:int=96,  # kept: a plot needs few, pictures more

@@ -19,9 +19,11 @@ from .judges import warn_of_emoji_judges
 from .mdp import ddim_mean_std, generator_for, get_sampler, with_density
 from .pipelines import Model, adapted_encoders, add_lora, cast, check_names, check_not_fused, load, modules_of
 from .pipelines import open_model, pixels, tell_cut
+from .progress import Meter, look_of_progress, progress_wanted
 from .prompts import HELDOUT, HPS_SETS, Prompt, Prompts, get_prompts, prompt_names
 from .rewards import REWARDS, Reward, at_rest, get_reward, get_rewards, networks_of, with_gradient
 from .runs import PRECISIONS, Run, checksums, pipe_of
+from .trackers import check_trackers
 from .training import Job, TrainConfig, config_of, evaluate, keep_epoch, ran_out_of_memory, restore_newest
 
 # %% ../nbs/06i_start.ipynb #834df5b9
@@ -274,7 +276,7 @@ def _filled(cfg, pipe, prompts, saved):
     if chosen is None and prompts.name in prompt_names(): chosen = "heldout_animals"
     return replace(cfg, eval_prompts=chosen), _own(cfg, prompts) if chosen is None else get_prompts(chosen, what="eval_prompts")
 
-# %% ../nbs/06i_start.ipynb #2f7c80da
+# %% ../nbs/06i_start.ipynb #2f7c80d9
 EVALUATED = ("seed", "num_inference_steps", "guidance_scale", "eta", "sampler", "height", "width", "eval_prompts", "eval_samples",
              "eval_guidance_scale", "eval_rewards", "eval_kl", "early_stop")  # settings of an evaluation: another one has another start
 
@@ -296,6 +298,7 @@ def _products(cfg, model, saved, accelerator):
     if saved: return saved.get("products") or products(*nets, library="onednn")  # before 0.2 there was no choice
     return _by_main(accelerator, lambda: products(*nets, library=cfg.fast))
 
+# %% ../nbs/06i_start.ipynb #2f7c80da
 def _by_main(accelerator, fn):
     "What a function gives on the main process, for all of them; where it fails, all stop."
     from accelerate.utils import broadcast_object_list
@@ -311,6 +314,7 @@ def _enter_folder(stack, folder, going_on, config, prompts, accelerator):
     "The main process takes the folder for the time of the run; a new one gets its record."
     def enter():
         stack.enter_context(locked(folder.lock_file))
+        folder.stop_file.unlink(missing_ok=True)  # meant for a process that is no more
         _keep_prompts(folder, prompts)
         if not going_on: folder.create(config)
     accelerator.wait_for_everyone()  # all have looked whether there is a run, before one of them starts it
@@ -387,6 +391,7 @@ def _checked(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs
     cfg, eval_prompts = _filled(cfg, pipe, prompts, folder.config() if going_on else {})
     eval_rewards = get_rewards(cfg.eval_rewards, "eval_rewards")
     _refuse_judges(cfg, reward, eval_prompts, eval_rewards, needs_gradient)
+    check_trackers(cfg.trackers)
     config = _config(cfg, pipe, reward, prompts, eval_prompts)
     if going_on: _resumable(folder, config, cfg, override or {})
     return cfg, pipe, folder, going_on, config, (reward, prompts, eval_prompts, eval_rewards, several)
@@ -409,7 +414,10 @@ def _make(stack, cfg, pipe, reward, prompts, out, resume, callbacks, override, n
     dtype, params, net, optimizer = _prepared(stack, cfg, model, accelerator, chosen)
     empty = model.encode([None]) if cfg.guidance_scale != 1 else None
     run = Run(model.pipe, config, folder, net=model.net)
-    return Job(cfg, model, net, params, optimizer, accelerator, dtype, sampler, empty, *sources, folder, run, state), saved
+    told = accelerator.is_main_process and progress_wanted(cfg.progress)
+    meter = Meter(cfg.method, cfg.num_epochs, look_of_progress() if told else "off")
+    stack.callback(meter.close)
+    return Job(cfg, model, net, params, optimizer, accelerator, dtype, sampler, empty, *sources, folder, run, state, meter=meter), saved
 
 # %% ../nbs/06i_start.ipynb #e15d90b6
 def _take_up(job):
@@ -437,10 +445,21 @@ def _look_at_base(job, saved):
     if job.folder and job.main: write_atomic(file, json.dumps(found))
     return found
 
-def _begin(job, saved):
-    "Look at the untrained model; take up a run where its newest whole checkpoint left it."
-    if job.cfg.eval_every: job.run.eval_base.update(_look_at_base(job, saved))
-    if saved: _take_up(job)
+def _watch(stack, job):
+    "Open the trackers, on the main process; one that cannot be started stops all."
+    stack.callback(job.trackers.close, job.run)
+    _by_main(job.accelerator, lambda: job.trackers.open(job.cfg.trackers, job.run, job.now.epoch))
+
+def _begin(stack, job, saved):
+    "Look at the untrained model; take up a run where its newest whole checkpoint left it. Then those who watch know where it goes on."
+    if not saved: _watch(stack, job)
+    if job.cfg.eval_every:
+        job.run.eval_base.update(_look_at_base(job, saved))
+        job.meter.say(f"held-out {job.run.eval_base['eval_reward_mean']:.4g}")
+    if saved:
+        _take_up(job)
+        _watch(stack, job)
+    job.trackers.begin(job.run)
 
 # %% ../nbs/06i_start.ipynb #a1c6d8e3
 def _interrupted(job, error):
@@ -488,7 +507,7 @@ def setup(
         try:
             job, saved = _make(stack, cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient, needs_density, state)
             _judges_at_rest(stack, job)
-            _begin(job, saved)
+            _begin(stack, job, saved)
             try: yield job
             except KeyboardInterrupt as e: _interrupted(job, e)
         except Exception as e:

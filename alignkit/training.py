@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DATA', 'Checked', 'SampleConfig', 'TrainConfig', 'check_optimiser', 'check_evaluation', 'config_of', 'Clock',
            'Progress', 'Job', 'embed', 'policy_of', 'noise_of', 'everyone', 'stop_if_failed', 'keep_epoch', 'left_out',
-           'tell_if_flat', 'sample', 'accumulate', 'not_finite', 'take_step', 'update', 'report', 'drawing', 'evaluate',
-           'stopped', 'record', 'save_weights', 'save', 'ran_out_of_memory', 'Damaged', 'restore', 'restore_newest',
-           'epochs', 'finish', 'evaluation_phase', 'sampling_phases', 'update_phases', 'halves', 'drawing_knobs']
+           'tell_if_flat', 'reward_so_far', 'part_means', 'sample', 'counted', 'accumulate', 'not_finite', 'take_step',
+           'update', 'report', 'drawing', 'evaluate', 'stopped', 'record', 'save_weights', 'save', 'ran_out_of_memory',
+           'Damaged', 'restore', 'restore_newest', 'epochs', 'finish', 'evaluation_phase', 'sampling_phases',
+           'update_phases', 'halves', 'drawing_knobs']
 
 # %% ../nbs/06h_training.ipynb #c775063d
 from collections import defaultdict
@@ -19,17 +20,18 @@ import json, math, sys, time, warnings
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from .compat import uncompiled
 from .fast import LIBRARIES
-from .folder import SHOWN, RunFolder, checkpoints, image_grid, replace_folder, save_checkpoint
-from .judges import drift, evaluate_fixed, repeated
+from .folder import SHOWN, Pictures, RunFolder, checkpoints, replace_folder, save_checkpoint
+from .judges import drift, evaluate_each, repeated
 from .mdp import Drawing, policy, rollout, sample_noise
 from .pipelines import ATTENTION, Cond, Model, load_lora, part_name, plain_weights, save_lora, tell_cut
-from .rewards import NonFiniteReward, RewardError
-from .runs import Run, describe_finished, put_weights, watch, weights_file
+from .progress import Meter, rewards_in_words
+from .rewards import NonFiniteReward, RewardError, names_of_parts, to_uint8
+from .runs import Latest, Run, describe_finished, put_weights, watch, weights_file
 from .scorer import Scorer
 from .settings import explained
+from .trackers import Trackers
 
 # %% ../nbs/06h_training.ipynb #b43eafa4
 def _plain(value, kinds):
@@ -144,7 +146,8 @@ class TrainConfig(SampleConfig):
     early_stop_patience:int = 1  # evaluations outside that tolerance, in a row, after which the run stops
     save_every:int = 1  # epochs between checkpoints, when there is a run folder
     keep_checkpoints:int = 2  # older ones are removed
-    progress:bool = False  # a progress bar
+    progress:bool|None = None  # bars on a terminal or in a notebook, else a line an epoch; None: yes, unless the environment has ALIGNKIT_PROGRESS=0
+    trackers:tuple = ()  # tools that accelerate knows, by name: 'tensorboard', 'wandb', 'mlflow', ...; see the page on trackers
 
     def check(self):
         "Refuse impossible settings before any work is done."
@@ -152,8 +155,6 @@ class TrainConfig(SampleConfig):
         self.whole("updates_per_epoch", "micro_batch_size", "eval_samples", "save_every", "keep_checkpoints", "early_stop_patience")
         check_optimiser(self)
         check_evaluation(self)
-        if self.samples_per_epoch % self.updates_per_epoch:
-            raise ValueError(f"updates_per_epoch: must divide samples_per_epoch={self.samples_per_epoch}, got {self.updates_per_epoch}")
         return self
 
     def knobs(self, call=7.):  # may change, and the update does not; call: what a call costs whatever its rows, in rows
@@ -163,6 +164,8 @@ class TrainConfig(SampleConfig):
 # %% ../nbs/06h_training.ipynb #0f3de4c8
 def check_optimiser(cfg:TrainConfig):
     "The settings of an optimiser's step, and of updates that are left out."
+    divides = cfg.samples_per_epoch % cfg.updates_per_epoch == 0
+    cfg.need(divides, "updates_per_epoch", f"must divide samples_per_epoch={cfg.samples_per_epoch}")
     cfg.positive("learning_rate", "max_grad_norm")
     cfg.finite("learning_rate", "adam_weight_decay", "adam_epsilon", "eval_guidance_scale")
     cfg.whole("max_skipped", least=0)
@@ -170,8 +173,9 @@ def check_optimiser(cfg:TrainConfig):
     for name in ("adam_weight_decay", "adam_epsilon"): cfg.need(getattr(cfg, name) >= 0, name, "at least 0")
 
 def check_evaluation(cfg:TrainConfig):
-    "The settings of evaluations and early stopping, against each other."
+    "The settings of evaluations, early stopping and trackers, against each other."
     cfg.whole("eval_every", least=0)
+    cfg.need(all(isinstance(t, str) for t in cfg.trackers), "trackers", "names of trackers, such as 'tensorboard'")
     needs_base = cfg.eval_kl or cfg.early_stop == "kl"
     cfg.need(not needs_base or cfg.trainable == "lora", "trainable", "the drift is measured from the model without its adapter, so 'lora'")
     for name in ("eval_kl", "eval_rewards"):
@@ -241,6 +245,8 @@ class Job:
     state:dict  # what the method remembers: name -> object with state_dict() and load_state_dict()
     now:Progress = field(default_factory=Progress)
     known:dict = field(default_factory=dict)  # prompts that were encoded already
+    meter:Meter = field(default_factory=Meter)  # says how far it is
+    trackers:Trackers = field(default_factory=Trackers)  # on the main process, the tools that people watch
 
     @property
     def device(self): return self.accelerator.device
@@ -348,6 +354,21 @@ def tell_if_flat(
     digits = f"; float32 tells numbers of this size apart in steps of {steps:.2g}, so return float64" if steps > 1e-3 else ""
     warnings.warn(f"reward {job.reward.name!r}, epoch {epoch}: nothing can be learned from these rewards, since {why}{digits}")
 
+# %% ../nbs/06h_training.ipynb #19c0d7e3
+def reward_so_far(scorer) -> str: return f"reward {scorer.mean:.4g}" if scorer.count else ""  # of a `Scorer` at work
+
+def part_means(
+    job:Job,
+    parts:dict,  # name of a part of a sum -> (b,) what it said of this process's pictures
+    indices:list[int],  # which pictures of the epoch they are
+) -> dict:  # reward_<name>_mean, of all processes; nothing where the reward is no sum
+    "What became of each part of a weighted sum: one may rise at another's expense."
+    nothing, found = torch.full((len(indices),), math.nan), {}
+    for name in names_of_parts(job.reward).values():
+        r = everyone(job, parts.get(name, nothing), indices)
+        found[f"reward_{name}_mean"] = r[r.isfinite()].mean().item()
+    return found
+
 # %% ../nbs/06h_training.ipynb #19c0d7e4
 def sample(
     job:Job, epoch:int,
@@ -355,9 +376,10 @@ def sample(
     texts:list[str],  # the prompts of all pictures of the epoch
     keep,  # called with each batch as keep(rows, trajectory): a slice of `indices`, and the `mdp.Trajectory` that drew them
     log_prob_fn=None,  # as for `mdp.rollout`
-) -> tuple[Tensor, Tensor, dict]:  # rewards (samples_per_epoch,) on the CPU, of all processes; the first pictures; pictures left out so far, seconds by part
+) -> tuple[Tensor, Latest, dict]:  # rewards (samples_per_epoch,) on the CPU, of all processes; the first pictures; columns of the record
     "Draw, decode and score in batches, one scored while the next is drawn. A reward that fails stops the run, whose folder resumes here."
     size, began, shown, error, job.now.doing = job.cfg.sample_batch_size, time.perf_counter(), [], None, "drawing"
+    job.meter.part("drawing", len(indices), "pictures")
     with job.accelerator.autocast(), Scorer(job.reward, epoch, finite=False, alone=epoch == 0) as scorer:
         for at in range(0, len(indices), size):
             here = indices[at:at + size]
@@ -367,18 +389,29 @@ def sample(
             keep(slice(at, at + len(here)), trajectory)
             with torch.inference_mode(): images = job.model.decode(trajectory.latents[:, -1])
             scorer.submit(images, mine)
-            if at < SHOWN: shown.append(images[:SHOWN - at].clone())
+            if at < SHOWN: shown.append(images[:SHOWN - at].to("cpu", torch.float32, copy=True))
             del trajectory, images  # not beside the next batch's
+            job.meter.tick(len(here), reward_so_far(scorer))
         sampled = time.perf_counter()
-        try: r = scorer.result()
+        job.meter.part("scoring", len(indices), "pictures")
+        try: r = scorer.result(lambda n: job.meter.tick(n, reward_so_far(scorer)))
         except RewardError as e: error, r = e, torch.zeros(len(indices))
     stop_if_failed(job, error, epoch, save_first=epoch > 0)
     rewards = everyone(job, r, indices)
     job.now.queries += len(texts)
+    parts = part_means(job, {name: torch.cat(values) for name, values in scorer.parts.items()}, indices)
     seconds = dict(sample_s=sampled - began, reward_s=time.perf_counter() - sampled, reward_work_s=scorer.seconds)
-    return rewards, torch.cat(shown), dict(skipped=left_out(job, epoch, rewards, scorer.told), **seconds)
+    images = torch.cat(shown)
+    latest = Latest(images, [texts[i] for i in indices[:len(images)]], r[:len(images)].cpu(), rewards)
+    return rewards, latest, dict(parts, skipped=left_out(job, epoch, rewards, scorer.told), **seconds)
 
 # %% ../nbs/06h_training.ipynb #275b4eac
+def counted(job:Job, updates):  # yields them
+    "The updates of an epoch; the meter counts them."
+    updates = list(updates)
+    job.meter.part("training", len(updates), "updates")
+    yield from updates
+
 def accumulate(
     job:Job,
     batches:list[tuple],  # micro-batches, each a tuple whose first element has the rows
@@ -395,6 +428,7 @@ def accumulate(
             job.accelerator.backward(loss * share)
         for name, value in dict(loss=loss, **info).items(): means[name] += share * value.detach()
         del loss, info
+        job.meter.tick(share)
     return dict(means)
 
 # %% ../nbs/06h_training.ipynb #5f2d9b60
@@ -442,32 +476,40 @@ def drawing(
     return Drawing(**fields, purpose=purpose, guidance_scale=guidance, batch_size=config["sample_batch_size"])
 
 def _look(job, epoch):
-    "The evaluation itself, and its pictures."
+    "The evaluation itself; its first pictures, all prompts and rewards."
     cfg, how = job.cfg, drawing(vars(job.cfg))
     texts = repeated(job.eval_prompts.texts, cfg.eval_samples)
+    job.meter.part(f"evaluating {cfg.eval_samples} pictures")
     with job.accelerator.autocast():
-        found, images = evaluate_fixed(job.model, job.reward, texts, how, job.eval_rewards, epoch)
+        found, images, rewards = evaluate_each(job.model, job.reward, texts, how, job.eval_rewards, epoch)
         if cfg.eval_kl or cfg.early_stop == "kl":
             began = time.perf_counter()
             kl = drift(job.model, texts, how, eta=cfg.eta or 1.)
             found |= dict(eval_kl=kl.mean().item(), eval_s=found["eval_s"] + time.perf_counter() - began)
-    return found, images
+    return found, images[:SHOWN], texts, rewards
 
 # %% ../nbs/06h_training.ipynb #16f0c4b9
-def _show(job, images, name): image_grid(images[:SHOWN]).save(job.folder.path / "samples" / f"{name}.png")
+def _show(job, name, epoch, images, prompts, rewards, all_rewards):
+    "A sheet of an epoch's first pictures, for the folder and for those who watch."
+    if not job.main or not (job.folder or job.trackers.there): return
+    n = min(SHOWN, len(images))
+    sheet = Pictures(to_uint8(images[:n]), prompts[:n], rewards[:n].tolist(), all_rewards.tolist())
+    if job.folder: sheet.save(job.folder.path / "samples" / f"{name}.png")
+    job.trackers.sheet("samples_base" if name == "base" else "samples", sheet, epoch or 0)
 
 def evaluate(
     job:Job,
     name:str,  # of the picture: 'base' or 'epoch_0007'
     epoch:int|None=None,  # for the message when a reward fails
+    rewards:Tensor|None=None,  # of the epoch's own pictures, for the sheet; None: those of the evaluation
 ) -> dict:  # eval_*
     "On the main process; the others wait for its word, and learn what it found."
     from accelerate.utils import broadcast_object_list
     found, error, job.now.doing = {}, None, "evaluating"
     try:
         if job.main:
-            found, images = _look(job, epoch)
-            if job.folder: _show(job, images, name)
+            found, *seen = _look(job, epoch)
+            _show(job, name, epoch, *seen, seen[-1] if rewards is None else rewards)
     except RewardError as e: error = e
     stop_if_failed(job, error, epoch)
     return broadcast_object_list([found])[0]
@@ -481,6 +523,11 @@ def _peak_memory(device):
         import psutil
         return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def _farthest_ratio(job, ratios):
+    "How far the ratios of an epoch went from 1, on all processes."
+    if ratios is None: return {}
+    return dict(ratio_off=job.accelerator.gather((ratios - 1).abs().max()[None].to(job.device)).max().item())
 
 def stopped(job:Job) -> bool:
     "The history says that the run is over before its last epoch."
@@ -508,20 +555,27 @@ def _says_stop(answer):
 
 def _name(fn): return getattr(fn, "__name__", type(fn).__name__)
 
-def _ask_callbacks(job, epoch, row):
-    "Whether one ends the run, on any process. One that raises is named, and its epoch is kept."
+def _file_asks(job):
+    "Whether somebody put a file of the name `stop` into the folder; then it has done its work."
+    if not (job.main and job.folder and job.folder.stop_file.exists()): return False
+    job.folder.stop_file.unlink(missing_ok=True)
+    return True
+
+def _asked_to_stop(job, epoch, row):
+    "Whether a callback or the file `stop` ends the run, on any process. A callback that raises is named, and its epoch is kept."
     asked, error = [], None
     for callback in job.callbacks:
         try:
-            if _says_stop(callback(job.run, row)): asked.append(_name(callback))
+            if _says_stop(callback(job.run, row)): asked.append(f"the callback {_name(callback)}")
         except Exception as e:
             kept = f"; the epoch is saved, go on with resume={str(job.folder.path)!r}" if job.folder else ""
             error = RuntimeError(f"callbacks: {_name(callback)} raised {type(e).__name__} after epoch {epoch}: {e}{kept}")
             error.__cause__ = e
             break
     stop_if_failed(job, error, epoch + 1, save_first=True, what=f"callbacks, after epoch {epoch}")
+    if _file_asks(job): asked.append("the file stop")
     if asked:
-        job.run.stopped = f"stopped after epoch {epoch} by the callback {asked[0]}"
+        job.run.stopped = f"stopped after epoch {epoch} by {asked[0]}"
         print(job.run.stopped)
     return bool(job.accelerator.reduce(torch.tensor(float(bool(asked)), device=job.device)) > 0)  # all stop, or none
 
@@ -529,25 +583,28 @@ def _ask_callbacks(job, epoch, row):
 def record(
     job:Job, epoch:int,
     rewards:Tensor,  # of the epoch's pictures
-    images:Tensor,  # some of them, for the folder where nothing is evaluated
+    latest:Latest,  # the first of them, as from `sample`; with ratios where the method has some
     **measured,  # what the method measured, by column
-) -> bool:  # a callback or the judge of early stopping asked to stop, on any process
-    "Evaluate when it is due, append a row to the history, write a checkpoint; then the callbacks."
+) -> bool:  # a callback, the file `stop` or the judge of early stopping asked to stop, on any process
+    "Evaluate when it is due, append a row to the history, write a checkpoint; then the trackers and the callbacks."
     cfg, now, last, name = job.cfg, job.now, epoch + 1 == job.cfg.num_epochs, f"epoch_{epoch:04d}"
     now.wall += time.perf_counter() - now.began
-    if not rewards.isfinite().all(): rewards = rewards[rewards.isfinite()]
-    row = dict(epoch=epoch, step=now.steps, wall_s=now.wall, queries=now.queries, reward_mean=rewards.mean().item(),
-               reward_std=rewards.std(correction=0).item(), **measured, lr=cfg.learning_rate, peak_mem_bytes=_peak_memory(job.device))
+    r, job.run.latest = rewards if rewards.isfinite().all() else rewards[rewards.isfinite()], latest
+    measured |= _farthest_ratio(job, latest.ratios)
+    row = dict(epoch=epoch, step=now.steps, wall_s=now.wall, queries=now.queries, reward_mean=r.mean().item(),
+               reward_std=r.std(correction=0).item(), **measured, lr=cfg.learning_rate, peak_mem_bytes=_peak_memory(job.device))
     if cfg.eval_every:
         due = (epoch + 1) % cfg.eval_every == 0 or last
-        row |= evaluate(job, name, epoch) if due else dict.fromkeys(job.run.eval_base, math.nan)
-    elif job.folder and job.main: _show(job, images, name)
+        row |= evaluate(job, name, epoch, rewards) if due else dict.fromkeys(job.run.eval_base, math.nan)
+    else: _show(job, name, epoch, latest.images, latest.prompts, latest.rewards, rewards)
     job.run.rows.append(row)
     judged = stopped(job)
     if judged: job.run.stopped = f"stopped after epoch {epoch} by early_stop={cfg.early_stop!r}"
     if job.folder and job.main: _write(job, epoch, row, last or judged)
     now.epoch, now.steps_before, now.doing = epoch + 1, now.steps, "recording"
-    stop = _ask_callbacks(job, epoch, row) or judged
+    job.meter.epoch(rewards_in_words(row))
+    job.trackers.epoch(row, latest)
+    stop = _asked_to_stop(job, epoch, row) or judged
     if stop: keep_epoch(job, epoch)
     job.accelerator.wait_for_everyone()
     return stop
@@ -643,14 +700,12 @@ def restore_newest(
 
 # %% ../nbs/06h_training.ipynb #d47b9e10
 def epochs(job:Job):
-    "The epochs still to be done, under a progress bar; none after an early stop."
-    first, total = job.now.epoch, job.cfg.num_epochs
-    show = job.cfg.progress and job.main
-    bar = tqdm(range(first, first if stopped(job) else total), initial=first, total=total, desc=job.cfg.method, disable=not show)
-    for epoch in bar:
-        job.now.began, job.now.steps_before = time.perf_counter(), job.now.steps
+    "The epochs still to be done; none after an early stop."
+    first = job.now.epoch
+    job.meter.begin(first)
+    for epoch in range(first, first if stopped(job) else job.cfg.num_epochs):
+        job.now.began, job.now.steps_before, job.run.latest = time.perf_counter(), job.now.steps, None
         yield epoch
-        bar.set_postfix(reward=f"{job.run.rows[-1]['reward_mean']:.3f}")
 
 def finish(job:Job) -> Run:
     "The weights on disk, a card beside them, and the run."

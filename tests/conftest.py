@@ -2,7 +2,8 @@
 import os
 THREADS = os.environ.get("ALIGNKIT_TEST_THREADS", "1")  # more of them round otherwise: to see what that turns red
 os.environ.update(OMP_NUM_THREADS=THREADS, MKL_NUM_THREADS=THREADS, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
-                  TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg", CUDA_VISIBLE_DEVICES="")  # a GPU rounds otherwise, and cannot be used after a fork
+                  TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg", ALIGNKIT_PROGRESS="0",
+                  CUDA_VISIBLE_DEVICES="")  # a GPU rounds otherwise, and cannot be used after a fork
 import json, math, multiprocessing, socket, subprocess, sys, warnings
 from pathlib import Path
 import pandas as pd

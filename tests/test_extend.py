@@ -43,6 +43,7 @@ def open_loud(pipe, height=None, width=None):
 METHOD = '''
 from dataclasses import dataclass
 from alignkit.mdp import walk
+from alignkit.runs import Latest
 from alignkit.training import TrainConfig, embed, epochs, finish, noise_of, policy_of, record, report, update
 from alignkit.start import setup
 @dataclass
@@ -65,7 +66,8 @@ def train(pipe, reward, prompts, cfg, out=None, resume=False, callbacks=()):
                 seen.append((r.detach(), images.detach()))
                 return -r.mean(), {}
             made = update(job, [(mine,)], loss_of)
-            if record(job, epoch, seen[0][0], seen[0][1], **report(job, [made])): break
+            r, images = seen[0]
+            if record(job, epoch, r, Latest(images, texts, r, r), **report(job, [made])): break
         return finish(job)
 '''
 

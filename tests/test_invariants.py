@@ -235,7 +235,7 @@ def killed_while(moment, pipe_folder, out):
     def after(original, *args): original(*args)
     in_epoch_2 = lambda args, done: done == 2
     if moment == "before the first sample": at_call(training, "sample_noise", lambda args, done: True)
-    elif moment == "evaluating the base": at_call(training, "evaluate_fixed", lambda args, done: True)
+    elif moment == "evaluating the base": at_call(training, "evaluate_each", lambda args, done: True)
     elif moment == "sampling": at_call(training, "rollout", in_epoch_2)  # the first of two sampling batches is done by the second call
     elif moment == "sampling, second batch":
         seen = []
@@ -514,7 +514,7 @@ def occupied(path):
 def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch, case, error, words):
     "A wrong argument is named, with the values there are, before a picture is drawn, and the run folder is not touched."
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
-    for name in ("rollout", "evaluate_fixed"): monkeypatch.setattr(training, name, no_work)
+    for name in ("rollout", "evaluate_each"): monkeypatch.setattr(training, name, no_work)
     monkeypatch.setattr(start, "add_lora", no_work)
     arguments = {**dict(pipe=pipe_folder, reward=brightness, prompts=PROMPTS, cfg=small(), out=tmp_path / "run"), **case(tmp_path)}
     with pytest.raises(error) as caught: ddpo.train(**arguments)

@@ -86,6 +86,11 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     compat="""
         from alignkit.compat import storage_key
         assert storage_key((x := torch.rand(3)).untyped_storage()) == storage_key(x[1:].untyped_storage())""",
+    progress="""
+        from alignkit.progress import Meter
+        meter = Meter('toy', 2)
+        meter.epoch('fine')
+        assert meter.done == 1""",
     pipelines="""
         from alignkit.pipelines import encode, load
         pipe = load(PIPE)
@@ -149,6 +154,11 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         from alignkit.fast import fast
         with fast(pipe.unet, chosen={}): assert 'forward' in pipe.unet.conv_in.__dict__
         assert 'forward' not in pipe.unet.conv_in.__dict__""",
+    trackers="""
+        from alignkit.runs import Run
+        from alignkit.trackers import Trackers, scalars, settings
+        Trackers().close(Run(None, {}))
+        assert scalars(dict(epoch=0, loss=float('nan'))) == dict(epoch=0) and settings(Run(None, dict(a=(1,)))) == dict(a='[1]')""",
     training="""
         from alignkit.training import TrainConfig, drawing
         assert drawing(vars(TrainConfig())).num_inference_steps == 15""",
@@ -187,6 +197,10 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     evaluate="""
         from alignkit.evaluate import evaluate
         assert len(evaluate({'mine': run}, ['a cat'], ('jpeg_compressibility',), num_samples=3, num_inference_steps=2)) > 0""",
+    cost="""
+        from alignkit.cost import Pace, seconds, work_of
+        from alignkit.rwr import RWRConfig
+        assert seconds(work_of(RWRConfig(num_epochs=2, samples_per_epoch=8, num_inner_epochs=5)), Pace(1., 0.1)) == 2 * (8 + 4)""",
     curves="""
         from alignkit.curves import task_config
         from alignkit.runs import read_run

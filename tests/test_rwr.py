@@ -333,7 +333,7 @@ def test_history_and_adapter(pipe_folder, unbroken_run):
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_bad_input_is_refused_before_any_work(pipe_folder, tmp_path, monkeypatch, cfg, words):
     def no_work(*args, **kwargs): raise AssertionError("work was done before the arguments were checked")
-    for name in ("rollout", "evaluate_fixed"): monkeypatch.setattr(training, name, no_work)
+    for name in ("rollout", "evaluate_each"): monkeypatch.setattr(training, name, no_work)
     monkeypatch.setattr(start, "add_lora", no_work)
     with pytest.raises(ValueError) as error: go(pipe_folder, tmp_path / "run", **cfg)
     for word in words: assert word in str(error.value)
