@@ -13,17 +13,19 @@ from datetime import timedelta
 from pathlib import Path
 import hashlib, inspect, json, os, shutil, textwrap, warnings
 import torch
-from .compat import forget_accelerator, plain_name, uncompiled, unwrap_forward
+from .compat import forget_accelerator, plain_name, unwrap_forward
 from .fast import fast, products
-from .folder import FREE, RunFolder, check_config, checkpoints, locked, plain, refuse_if_in_use, write_atomic
+from .folder import FREE, RunFolder, check_config, checkpoints, locked, plain, refuse_if_in_use, replace_folder, write_atomic
 from .judges import warn_of_emoji_judges
-from .mdp import ddim_mean_std, generator_for, get_sampler, with_density
-from .pipelines import PIPELINES, Model, adapted_encoders, add_lora, cast, check_names, check_not_fused, load, modules_of
-from .pipelines import open_model, pixels, tell_cut
+from .mdp import check_negative, ddim_mean_std, generator_for, get_sampler, led_away, with_density
+from .pipelines import ADAPTABLE, ATTENTION, PIPELINES, WEIGHTS, Model, adapted_encoders, add_lora, cast, check_fit, check_names
+from .pipelines import check_not_fused, load, lora_form, lora_sha256, modules_of, named, open_model, pattern_fits, pixels, put_lora
+from .pipelines import read_lora, save_lora, tell_cut
 from .prompts import HELDOUT, HPS_SETS, Prompt, Prompts, get_prompts, prompt_names
 from .rewards import REWARDS, Reward, at_rest, get_reward, get_rewards, networks_of, with_gradient
 from .runs import Run
-from .training import Job, TrainConfig, config_of, evaluate, keep_epoch, ran_out_of_memory, restore_newest
+from .training import FORM, Job, TrainConfig, average_of, config_of, evaluate, initial_adapter, keep_average, keep_epoch
+from .training import ran_out_of_memory, restore_newest
 
 # %% ../nbs/06i_start.ipynb #834df5b9
 def _accelerator(cfg):
@@ -81,6 +83,18 @@ def _callbacks(given):
     if bad := [c for c in several if not callable(c)]: raise TypeError(f"callbacks: functions of (run, row), got {bad[0]!r}")
     return several
 
+def _refuse_layers(cfg, net):
+    "Layers that an adapter cannot change, or that are not there."
+    layers = named(net, cfg.lora_targets)
+    cfg.need(layers, "lora_targets", "names of layers, and no layer of this network has one of these")
+    if odd := [(n, type(m).__name__) for n, m in layers.items() if not isinstance(m, ADAPTABLE)]:
+        raise ValueError(f"lora_targets: linear layers and convolutions have a low-rank update, and {odd[0][0]} is a {odd[0][1]}, "
+                         f"got {cfg.lora_targets!r}")
+    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+        idle = [k for k in getattr(cfg, name) or () if not any(pattern_fits(k, n) for n in layers)]
+        cfg.need(not idle, name, f"of layers that lora_targets means, and none of them fits {idle[:1]}")
+    check_names(net, layers)  # before any work, so that nothing is trained that could not be saved
+
 def _refuse_network(cfg, net):
     "A network that cannot be trained as the config says."
     _adam(cfg)
@@ -94,10 +108,7 @@ def _refuse_network(cfg, net):
                          "pipe.unfuse_qkv_projections() takes them apart")
     if getattr(net, "is_quantized", False): raise ValueError("pipe: its network is quantized; the kit trains in float32 or half precision")
     if cfg.trainable == "full": return check_names(net, map(plain_name, net.state_dict()), whole=True)
-    layers = {plain_name(name) for name, _ in uncompiled(net).named_modules()}
-    found = [name for name in layers if any(name == t or name.endswith(f".{t}") for t in cfg.lora_targets)]
-    cfg.need(found, "lora_targets", "names of layers, and no layer of this network has one of these")
-    check_names(net, found)  # before any work, so that nothing is trained that could not be saved
+    _refuse_layers(cfg, net)
 
 # %% ../nbs/06i_start.ipynb #b27d493f
 MENDS = (  # settings with which a DDIM ends in a step with noise, from the least to the most
@@ -182,7 +193,7 @@ def _config(cfg, given, reward, prompts, eval_prompts):
     return dict(pipe=pipe, reward=reward.name, reward_sha256=source, prompts=prompts.name, **texts, **recorded_settings(cfg))
 
 # %% ../nbs/06i_start.ipynb #c94a02d7
-FIXED = ("method", "trainable", "lora_rank", "lora_alpha", "lora_targets", "use_8bit_adam")  # settings that have a shape in a checkpoint
+FIXED = ("method", "trainable", *FORM.values(), "init_lora", "ema_decay", "use_8bit_adam")  # settings that have a shape in a checkpoint
 
 def _recorded(folder, kind):
     "A run's own settings, as a config of today."
@@ -198,9 +209,10 @@ def _refuse_override(override, cfg, saved):
     known = [f.name for f in fields(cfg)]
     if odd := [k for k in override if k not in known]:
         raise ValueError(f"override: no setting of {type(cfg).__name__} is called {odd[0]!r}; choose from {', '.join(known)}")
-    if fixed := [k for k in override if k in FIXED and k in saved and plain(override[k]) != saved[k]]:
+    was = {f.name: plain(f.default) for f in fields(cfg) if f.name in FIXED} | saved  # an older record lacks what was not yet there
+    if fixed := [k for k in override if k in FIXED and plain(override[k]) != was[k]]:
         name = fixed[0]
-        raise ValueError(f"override: the run's checkpoint was made with {name}={saved[name]!r} and fits no other, got {override[name]!r}")
+        raise ValueError(f"override: the run's checkpoint was made with {name}={was[name]!r} and fits no other, got {override[name]!r}")
 
 def settled(
     cfg:TrainConfig|None,  # as given to `train`; None: those of the run that goes on, else the defaults
@@ -282,9 +294,37 @@ def _filled(cfg, pipe, prompts, saved):
     if chosen is None and prompts.name in prompt_names(): chosen = "heldout_animals"
     return replace(cfg, eval_prompts=chosen), _own(cfg, prompts) if chosen is None else get_prompts(chosen, what="eval_prompts")
 
+# %% ../nbs/06i_start.ipynb #87b201ba
+def _initial(cfg, folder, saved):
+    "The config with the form of the adapter that a run starts from, and that adapter; as it lies in the folder of a run that goes on."
+    if cfg.init_lora is None: return cfg, None
+    kept = folder and folder.path / "init_lora"
+    layers = read_lora(kept) if saved and (kept / WEIGHTS).is_file() else initial_adapter(cfg.init_lora)
+    recorded = {k: tuple(saved[v]) if isinstance(saved[v], list) else saved[v] for k, v in FORM.items()} if "init_lora" in saved else None
+    return cfg.formed(recorded if saved.get("init_lora") == cfg.init_lora else lora_form(layers)), layers
+
+def _fitted(cfg, model, initial):
+    "The config, if the adapter that a run starts from fits the network; layers that have names of their own kind by those names."
+    if initial is None: return cfg
+    try: check_fit(model, initial, "there")
+    except ValueError as e: raise ValueError(f"init_lora: {e}") from e
+    return replace(cfg, lora_targets=ATTENTION) if named(model.net, ATTENTION).keys() == initial.keys() else cfg
+
+def _keep_initial(job, initial):
+    "A copy of the adapter that a run starts from, in its folder."
+    if initial is None or not job.folder or not job.main or (job.folder.path / "init_lora" / WEIGHTS).is_file(): return
+    replace_folder(job.folder.path / "init_lora", lambda where: save_lora(job.model.net, where))
+
 # %% ../nbs/06i_start.ipynb #2f7c80da
 EVALUATED = ("seed", "num_inference_steps", "guidance_scale", "eta", "sampler", "height", "width", "eval_prompts", "eval_samples",
-             "eval_guidance_scale", "eval_rewards", "eval_kl", "early_stop")  # settings of an evaluation: another one has another start
+             "eval_guidance_scale", "eval_rewards", "eval_kl", "early_stop", "negative_prompt")  # settings of an evaluation: another one has another start
+
+def _tell_schedule(cfg, saved):
+    "A rate that falls towards the end of a run follows the new end."
+    was, falls = saved.get("num_epochs"), cfg.lr_schedule not in ("constant", "constant_with_warmup")
+    if not falls or was == cfg.num_epochs: return
+    warnings.warn(f"resume: num_epochs was {was}, now {cfg.num_epochs}, and lr_schedule={cfg.lr_schedule!r} goes by the whole run: "
+                  f"from here on the rate is that of a run of {cfg.num_epochs} epochs, and the epochs before had another")
 
 def _resumable(folder, config, cfg, override):
     "A run goes on with its own settings, but for those that change no number of an epoch beyond rounding, and those that are overridden."
@@ -294,9 +334,11 @@ def _resumable(folder, config, cfg, override):
     seen = ("products", "weights_sha256", "scheduler", "reward_sha256", *(["pipe"] if saved.get("weights_sha256") else []))  # looked at elsewhere
     changed = [*override, *(["eval_prompts_sha256"] if "eval_prompts" in override else [])]
     check_config(folder, config, (*FREE, *seen, *at_a_time, *changed), older, saved)
+    _tell_schedule(cfg, saved)
     if saved.get("reward_sha256") not in (None, config["reward_sha256"]):
         warnings.warn(f"resume: the code of the reward {config['reward']!r} is not what it was when {folder.path} was begun")
 
+# %% ../nbs/06i_start.ipynb #ce65cdb6
 def _products(cfg, model, saved, accelerator):
     "Which library computes which product: as recorded, else measured on the main process for all of them."
     nets = model.net, model.frozen[0]
@@ -380,7 +422,7 @@ def _opened(pipe, cfg, device):
     if isinstance(pipe, Model): load(pipe.pipe, device=device)
     return model
 
-def _trained(model, cfg, dtype):
+def _trained(model, cfg, dtype, initial):
     "The parameters to train, with everything else frozen and in the run's precision."
     for part in modules_of(model.pipe): part.requires_grad_(False).eval()
     for part in model.frozen: cast(part, dtype)
@@ -390,17 +432,20 @@ def _trained(model, cfg, dtype):
     if cfg.trainable == "full":
         return list(cast(model.net, torch.float32).requires_grad_(True).parameters())  # half-precision weights would round most updates away
     if getattr(model.net, "peft_config", None):
-        warnings.warn("pipe: the adapter that this pipeline has is replaced by a fresh one; to train on top of it, "
+        new = "a fresh one; to go on from it, give its file as init_lora" if initial is None else "that of init_lora"
+        warnings.warn(f"pipe: the adapter that this pipeline has is replaced by {new}; to train on top of it, "
                       "merge it into the weights first (pipe.fuse_lora(), then pipe.unload_lora_weights())")
-    return add_lora(cast(model.net, dtype), cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    params = add_lora(cast(model.net, dtype), seed=cfg.seed, **cfg.adapter())
+    if initial is not None: put_lora(model.net, initial, "of init_lora")
+    return params
 
 def _forget_gradients(params):
     for p in params: p.grad = None
 
-def _prepared(stack, cfg, model, accelerator, chosen):
+def _prepared(stack, cfg, model, accelerator, chosen, initial):
     "Dtype, what is trained, the network to train through and the optimiser."
     dtype = _precision(cfg)
-    params = _trained(model, cfg, dtype)
+    params = _trained(model, cfg, dtype, initial)
     stack.callback(_forget_gradients, params)
     if chosen is not None: stack.enter_context(fast(model.net, model.frozen[0], chosen=chosen))
     stack.callback(unwrap_forward, model.net)
@@ -415,32 +460,42 @@ def _checked(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs
     several = _callbacks(callbacks)
     pipe, reward, prompts = _given(folder, going_on, pipe=pipe, reward=reward, prompts=prompts)
     reward, prompts = get_reward(reward), get_prompts(prompts)
-    cfg, eval_prompts = _filled(cfg, pipe, prompts, folder.config() if going_on else {})
+    saved = folder.config() if going_on else {}
+    cfg, eval_prompts = _filled(cfg, pipe, prompts, saved)
+    cfg, initial = _initial(cfg, folder, saved)
     eval_rewards = get_rewards(cfg.eval_rewards, "eval_rewards")
     _refuse_judges(cfg, reward, eval_prompts, eval_rewards, needs_gradient)
     config = _config(cfg, pipe, reward, prompts, eval_prompts)
+    if initial is not None: config |= dict(init_lora_sha256=lora_sha256(initial))
     if going_on: _resumable(folder, config, cfg, override or {})
-    return cfg, pipe, folder, going_on, config, (reward, prompts, eval_prompts, eval_rewards, several)
+    return cfg, pipe, folder, going_on, config, initial, (reward, prompts, eval_prompts, eval_rewards, several)
 
+# %% ../nbs/06i_start.ipynb #20e69870
 def _make(stack, cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient, needs_density, state):
     "The record of a run, and what was recorded of it before. Nothing is drawn, and no folder made, before all is checked."
-    cfg, pipe, folder, going_on, config, sources = _checked(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient)
+    given = pipe, reward, prompts, out, resume, callbacks, override, needs_gradient
+    cfg, pipe, folder, going_on, config, initial, sources = _checked(cfg, *given)
     accelerator, saved = _accelerator(cfg), cfg.renamed(folder.config()) if going_on else {}
     if going_on: _by_main(accelerator, lambda: refuse_if_in_use(folder.lock_file))
     model = _opened(pipe, cfg, accelerator.device)
     if needs_density: model = with_density(model)
     sampler = get_sampler(model, cfg.num_inference_steps, cfg.eta, cfg.sampler)
     if needs_density: check_density(model, sampler)
+    cfg = _fitted(cfg, model, initial)
+    config["lora_targets"] = cfg.lora_targets
+    check_negative(model, cfg.guidance_scale, cfg.negative_prompt)
     _refuse_network(cfg, model.net)
     reward, prompts, _, judges, _ = sources
     warn_of_emoji_judges([reward.name, *(r.name for r in judges)], model.pipe, prompts.texts or ())
     config |= _by_main(accelerator, lambda: _identity(model, cfg, folder, saved))
     config["products"] = chosen = _products(cfg, model, saved, accelerator)
     if folder: _enter_folder(stack, folder, going_on, config, prompts, accelerator)
-    dtype, params, net, optimizer = _prepared(stack, cfg, model, accelerator, chosen)
-    empty = model.encode([None]) if cfg.guidance_scale != 1 else None
-    run = Run(model.pipe, config, folder, net=model.net)
-    return Job(cfg, model, net, params, optimizer, accelerator, dtype, sampler, empty, *sources, folder, run, state), saved
+    dtype, params, net, optimizer = _prepared(stack, cfg, model, accelerator, chosen, initial)
+    empty, run = led_away(model, cfg.guidance_scale, cfg.negative_prompt), Run(model.pipe, config, folder, net=model.net)
+    ema, parts = average_of(cfg, params), (model, net, params, optimizer, accelerator, dtype, sampler, empty)
+    job = Job(cfg, *parts, *sources, folder, run, state, ema=ema)
+    _keep_initial(job, initial)
+    return job, saved
 
 # %% ../nbs/06i_start.ipynb #e15d90b6
 def _take_up(job):
@@ -460,7 +515,7 @@ def _take_up(job):
 
 def _look_at_base(job, saved):
     "The evaluation of the untrained model: as it lies in the folder, where it was made with these settings."
-    config, file = plain(job.run.config), job.folder and job.folder.base_file
+    config, file, saved = plain(job.run.config), job.folder and job.folder.base_file, saved and dict(negative_prompt=None) | saved
     if saved and file.exists() and not any(k in saved and saved[k] != config[k] for k in EVALUATED):
         try: return json.loads(file.read_text())
         except ValueError: pass  # damaged
@@ -518,6 +573,7 @@ def setup(
     with ExitStack() as stack:
         try:
             job, saved = _make(stack, cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient, needs_density, state)
+            stack.callback(keep_average, job)
             _judges_at_rest(stack, job)
             _begin(job, saved)
             try: yield job
