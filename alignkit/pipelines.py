@@ -737,11 +737,12 @@ def find_lora(
     if local: raise FileNotFoundError(f"{source} is no file or folder, and no hub id 'owner/name'")
     file = "/".join(parts[2:])
     from huggingface_hub import snapshot_download
-    wanted = [file] if file else [WEIGHTS, "adapter_*"]
-    try: there = Path(snapshot_download("/".join(parts[:2]), allow_patterns=wanted)) / file
+    wanted = [file] if file else [WEIGHTS, "adapter_model.safetensors", "adapter_config.json"]
+    try: there = Path(snapshot_download("/".join(parts[:2]), allow_patterns=wanted))
     except Exception as e:
         raise FileNotFoundError(f"{source} is no file or folder, and the hub did not give it ({type(e).__name__}: {e})") from e
-    if there.is_file() or list(there.glob("*.safetensors")): return there
+    found = [there / name for name in wanted[:2] if (there / name).is_file()]
+    if found: return found[0]
     lacks = f"no {file}" if file else f"neither {WEIGHTS} nor an adapter of peft; name its file, as {source}/file"
     raise FileNotFoundError(f"{source} on the hub has {lacks}")
 
