@@ -271,7 +271,7 @@ def check_steering(cfg:TrainConfig):
     cfg.whole("lr_warmup_steps", least=0)
     none = name == "constant" and cfg.lr_warmup_steps
     cfg.need(not none, "lr_warmup_steps", "0 with lr_schedule='constant'; 'constant_with_warmup' has one")
-    cfg.need(cfg.lr_warmup_steps < total, "lr_warmup_steps", f"less than the run's {total} updates")
+    cfg.need(cfg.lr_warmup_steps < max(total, 1), "lr_warmup_steps", f"less than the run's {total} updates")
     cfg.need(name != "polynomial" or cfg.learning_rate > 1e-7, "learning_rate", "above 1e-7, where lr_schedule='polynomial' ends")
     cfg.need(cfg.ema_decay is None or 0 < cfg.ema_decay < 1, "ema_decay", "None, or between 0 and 1")
 
