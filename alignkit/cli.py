@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'app', 'DEBUG', 'ARGUMENTS', 'Sets', 'Pipe', 'Rewards', 'P
            'check_log_prob', 'check_ratio', 'check_gradient', 'doctor']
 
 # %% ../nbs/14_cli.ipynb #5fa761ab
-import difflib, functools, importlib, os, sys
+import difflib, functools, importlib, json, os, sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Annotated, Optional
@@ -36,6 +36,9 @@ def value_of(
     kinds, text = setting.kind.split("|"), str(given).strip()
     if not isinstance(given, str): return given
     if "None" in kinds and text.lower() in ("none", "null", ""): return None
+    if "dict" in kinds:
+        try: return json.loads(text)
+        except ValueError: return given
     if "bool" in kinds and text.lower() in ("true", "false"): return text.lower() == "true"
     for kind in (k for k in (int, float) if k.__name__ in kinds):
         try: return kind(text)

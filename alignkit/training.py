@@ -149,7 +149,7 @@ class SteerConfig(SampleConfig):
     lora_alpha_pattern:dict|None = None  # the same for lora_alpha (peft's alpha_pattern)
     negative_prompt:str|None = None  # what guidance leads away from, in sampling, training and evaluation; None: no prompt
     pictures_per_prompt:int = 1  # so many pictures in a row of an epoch share a prompt
-    lr_schedule:str = "constant"  # of `SCHEDULES`, over all updates of the run
+    lr_schedule:str = "constant"  # over the whole run: 'constant_with_warmup', 'linear', 'cosine', 'cosine_with_restarts', 'polynomial' (diffusers)
     lr_warmup_steps:int = 0  # updates in which the rate rises from 0, where the schedule has a warm-up
     ema_decay:float|None = None  # keep an average of the trained weights, which is evaluated and saved; None: none
 
