@@ -1,13 +1,15 @@
 """Boards in a real JupyterLab, looked at by a real browser: a run of this kernel and one of another process are watched and stopped.
 
 `python tests/browser.py FOLDER` leaves its screenshots in a folder. Needs jupyterlab, playwright and a chromium; see `make browser`."""
-import json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
+import io, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 import ipywidgets
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from alignkit import live  # this checkout's
 PATIENCE = 120_000  # milliseconds
 CFG = """DDPOConfig(num_epochs=60, samples_per_epoch=16, sample_batch_size=16, updates_per_epoch=2, num_inference_steps=4, progress=False,
                    micro_batch_size=32, fast='onednn', {more})"""
@@ -70,8 +72,8 @@ def jupyterlab(folder, env):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=t",
-               f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
     with started([sys.executable, "-m", "jupyterlab", *options], folder / "server.log", env=env, cwd=folder) as server:
         for _ in range(240):
             try:
@@ -152,13 +154,23 @@ class Cell:
         self.part("at").locator(".noUi-handle").focus()
         self.page.keyboard.press(key)
 
-    def back_to_first(self):
-        "The slider followed the run; its first epoch has other pictures."
+    def bytes(self, name):
+        "Of a picture, as the browser has it."
+        code = "async src => [...new Uint8Array(await (await fetch(src)).arrayBuffer())]"
+        return bytes(self.page.evaluate(code, self.picture(name)))
+
+    def back_to_first(self, folder=None):
+        "The slider followed the run; the first epoch has other pictures, to the byte those that its folder gives."
         self.wait(re.compile("epoch [2-9]"), ".alignkit-at")
         before = self.picture("pictures")
         self.slide("Home")
         self.wait("epoch 0", ".alignkit-at")
-        self.changed("pictures", before)
+        if folder is None: return self.changed("pictures", before)
+        wanted, end = io.BytesIO(), time.time() + PATIENCE / 1000
+        live.pictures(live.look(folder), 0).save(wanted, "png")
+        while self.bytes("pictures") != wanted.getvalue():
+            assert time.time() < end, "the pictures of epoch 0 did not come"
+            time.sleep(0.1)
 
     def shot(self, file):
         self.where.scroll_into_view_if_needed()
@@ -190,7 +202,7 @@ def of_another_process(page, folder, other, shots):
     cell.wait("running, process").wait("3 of 60 epochs")
     whole(cell, "curve", "panels", "pictures", "spread")
     cell.shot(shots / "1_watch_running.png")
-    cell.back_to_first()
+    cell.back_to_first(folder / "runs" / "other")
     cell.shot(shots / "2_watch_first_epoch.png")
     cell.part("stop").click()
     cell.wait("asked to stop after this epoch", ".alignkit-stop")
@@ -204,7 +216,7 @@ def of_this_kernel(page, folder, shots):
     cell = Cell(page, "live").run()
     cell.wait("running, in this process").wait("3 of 60 epochs")
     whole(cell, "curve", "panels", "pictures", "spread")
-    cell.back_to_first()
+    cell.back_to_first(folder / "runs" / "mine")
     assert cell.busy()  # all of this while the kernel runs the cell
     cell.shot(shots / "3_live_running.png")
     cell.part("stop").click()
