@@ -280,8 +280,8 @@ CURVES = ("reward_mean", "eval_reward_mean", "eval_kl", "approx_kl", "clipfrac",
 
 def _told(run, rows):
     "A run as text."
-    c, h = run.config, run.history
-    lines = [f"{run.folder.path}: {c['method']} on {c['pipe']}, reward {c['reward']}, prompts {c['prompts']}, seed {c['seed']}"]
+    from alignkit.runs import as_text
+    lines, h = [as_text(run), ""], run.history
     if h.empty: return "\n".join([*lines, "no finished epoch"])
     there = [name for name in CURVES if name in h and h[name].notna().any()]
     lines += [f"{name:>16}  {bars(h[name])}" for name in there]
@@ -303,31 +303,21 @@ def show(
     print(f"\n{html}")
 
 # %% ../nbs/14_cli.ipynb #e5dc977d
-def _inline(picture):
-    "A PNG file, or its bytes, inside a page."
+def _inline(file):
+    "A PNG file inside a page."
     import base64
-    data = picture.read_bytes() if isinstance(picture, Path) else picture
-    return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    return f'<img src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
 
-def _curve(run):
-    import io
-    import matplotlib
-    matplotlib.use("Agg")  # a terminal has no window
-    import matplotlib.pyplot as plt
-    fig = run.plot("queries").figure
-    fig.savefig(whole := io.BytesIO(), dpi=120)
-    plt.close(fig)
-    return whole.getvalue()
-
-STYLE = ("body {font: 14px sans-serif; max-width: 1000px; margin: 2em auto; color: #222} img {max-width: 100%} "
+STYLE = ("body {font: 14px sans-serif; max-width: 1000px; margin: 2em auto; color: #222} img {max-width: 100%} .wide {overflow-x: auto} "
          "table {border-collapse: collapse; font-size: 12px} td, th {padding: 2px 8px; text-align: right; border-bottom: 1px solid #ddd}")
 
 def page_of(
     run,  # a `Run` with its folder
 ) -> str:  # HTML
-    "Everything that a run's folder says, as one file."
+    "Everything that a run's folder says, as one file: what a notebook shows of it, and all else."
     import html
     import pandas as pd
+    from alignkit.runs import as_html
     def table(values): return pd.Series({k: str(v) for k, v in values.items()}, name="").to_frame().to_html()
     c, record = run.config, run.folder.record().get("environment", {})
     title = html.escape(f"{run.folder.path.name}: {c['method']} on {c['reward']}")
@@ -336,9 +326,9 @@ def page_of(
     rest = [f"<details><summary>{html.escape(f.stem)}</summary>{_inline(f)}</details>" for f in sheets[1:-1]]
     settings = {k: v for k, v in c.items() if not isinstance(v, dict)}
     more = {**record.get("versions", {}), **record.get("hardware", {}), "commit": record.get("commit"), "begun": record.get("time")}
-    curve = _inline(_curve(run)) if run.rows else "<p>no finished epoch</p>"
-    parts = [f"<h1>{title}</h1>", curve, "<h2>Pictures</h2>", *pictures, *rest, "<h2>History</h2>",
-             run.history.round(4).to_html(index=False), "<h2>Settings</h2>", table(settings), "<h2>Made with</h2>", table(more)]
+    history = f'<div class="wide">{run.history.round(4).to_html(index=False)}</div>'
+    parts = [f"<h1>{title}</h1>", as_html(run), "<h2>Pictures</h2>", *pictures, *rest, "<h2>History</h2>", history,
+             "<h2>Settings</h2>", table(settings), "<h2>Made with</h2>", table(more)]
     return f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>' + "\n".join(parts)
 
 # %% ../nbs/14_cli.ipynb #ad263169

@@ -59,7 +59,7 @@ def final_evaluation(
     folders = {e: run.folder.path / "checkpoints" / f"epoch_{e:04d}" for e in epochs.values() if e >= 0}
     missing = [f for f in folders.values() if not f.is_dir()]
     if file.is_file():
-        final = pd.DataFrame(json.loads(file.read_text())).T
+        final = pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))).T
         complete = {f"eval_{name}_mean" for name in judges_of(run.config)} <= set(final)
         if final.epoch.astype(int).to_dict() == epochs and (complete or missing): return final  # an older run may lack a judge
     if missing:
@@ -310,8 +310,10 @@ def _in_process(out, task, num_epochs, short):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     call = f"from alignkit.curves import run_one; run_one({str(out)!r}, *{task!r}, {num_epochs}, {short})"
-    with open(log, "w") as f: code = subprocess.run([sys.executable, "-c", call], stdout=f, stderr=f, env=env).returncode
-    if code: return f"{' '.join(map(str, task))}: {(log.read_text().strip().splitlines() or ['it was killed'])[-1]} (all of it in {log})"
+    with open(log, "w", encoding="utf-8") as f: code = subprocess.run([sys.executable, "-c", call], stdout=f, stderr=f, env=env).returncode
+    if not code: return None
+    last = (log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"])[-1]
+    return f"{' '.join(map(str, task))}: {last} (all of it in {log})"
 
 def reproduce(
     out:str|Path,

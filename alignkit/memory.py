@@ -167,12 +167,12 @@ def _loaded_architecture(pipe):
     return dict(pipeline=family(pipe), **described)
 
 def _folder_architecture(folder):
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     described = dict(pipeline=index["_class_name"])
     for name, entry in index.items():
         files = [folder / name / f for f in ("config.json", "scheduler_config.json")]
         file = next((f for f in files if f.is_file()), None)
-        if file and entry[0] in ("diffusers", "transformers"): described[name] = (*entry, json.loads(file.read_text()))
+        if file and entry[0] in ("diffusers", "transformers"): described[name] = (*entry, json.loads(file.read_text(encoding="utf-8")))
     return described
 
 def architecture(

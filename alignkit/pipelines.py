@@ -606,7 +606,7 @@ def _settings_of_peft(path):
     "The adapter_config.json of a folder that peft wrote, or of a file in one; None for a file of another kind."
     folder = path.parent if path.name == "adapter_model.safetensors" else path
     file = folder / "adapter_config.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 def _lora_file(path):
     "State, alphas by layer and settings of a LoRA in diffusers', kohya's or peft's format; names as in the network."

@@ -312,7 +312,7 @@ def load_head(
     for file in (config, weights):
         if file.is_file(): continue
         raise FileNotFoundError(f"reward head: {file} is missing; a head is a folder with config.json and head.safetensors")
-    info = json.loads(config.read_text())
+    info = json.loads(config.read_text(encoding="utf-8"))
     head = RewardHead(info["width"], info["hidden"])
     try: head.load_state_dict(load_file(weights))
     except RuntimeError as e:
@@ -444,7 +444,7 @@ def save_head(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     hidden = head.net[0].out_features if len(head.net) > 1 else 0
-    (folder / "config.json").write_text(json.dumps(dict(width=len(head.mean), hidden=hidden) | info, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(dict(width=len(head.mean), hidden=hidden) | info, indent=2) + "\n", encoding="utf-8")
     save_file({k: v.contiguous() for k, v in head.state_dict().items()}, folder / "head.safetensors")
 
 # %% ../nbs/05d_reward_model.ipynb #1e5e7d26

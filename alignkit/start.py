@@ -235,7 +235,7 @@ def _prompts_of(folder):
     "The prompts of a run: as they lie in its folder, or by name."
     name = folder.config()["prompts"]
     if folder.prompts_file.is_file():
-        saved = json.loads(folder.prompts_file.read_text())
+        saved = json.loads(folder.prompts_file.read_text(encoding="utf-8"))
         texts, more = saved.pop("texts"), saved.pop("metadata")
         return Prompts(texts=[Prompt(*p) for p in zip(texts, more)], **saved)
     if name in prompt_names(): return name
@@ -439,7 +439,7 @@ def _look_at_base(job, saved):
     "The evaluation of the untrained model: as it lies in the folder, where it was made with these settings."
     config, file = plain(job.run.config), job.folder and job.folder.base_file
     if saved and file.exists() and not any(k in saved and saved[k] != config[k] for k in EVALUATED):
-        try: return json.loads(file.read_text())
+        try: return json.loads(file.read_text(encoding="utf-8"))
         except ValueError: pass  # damaged
     found = evaluate(job, "base")
     if job.folder and job.main: write_atomic(file, json.dumps(found))

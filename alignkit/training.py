@@ -632,7 +632,7 @@ def save(
     scaler = job.accelerator.scaler.state_dict() if job.accelerator.scaler else None
     remembered = {name: thing.state_dict() for name, thing in job.state.items()}
     counters = dict(step=job.now.steps, queries=job.now.queries, wall=job.now.wall, scaler=scaler)
-    (where / "state.json").write_text(json.dumps(counters | remembered))
+    (where / "state.json").write_text(json.dumps(counters | remembered), encoding="utf-8")
 
 # %% ../nbs/06h_training.ipynb #7e05c2a9
 def _causes(error):
@@ -657,7 +657,7 @@ def _whole(file, read):
         raise Damaged(f"{file} is {'damaged' if file.is_file() else 'missing'} ({type(e).__name__}: {e})") from e
 
 def _state_of(file, names):
-    state = json.loads(file.read_text())
+    state = json.loads(file.read_text(encoding="utf-8"))
     if lacks := [name for name in ("step", "queries", "wall", *names) if name not in state]: raise KeyError(f"it has no {lacks[0]!r}")
     return state
 
