@@ -119,6 +119,9 @@ def guarded(
         except KeyboardInterrupt as e:
             _say(str(e) or "interrupted")
             raise typer.Exit(130) from e
+        except BrokenPipeError as e:  # whoever read what is printed has had enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from e
         except Exception as e:
             if DEBUG or isinstance(e, (typer.Exit, typer.Abort)): raise
             _say(f"error: {e if str(e) else type(e).__name__}")
@@ -322,8 +325,8 @@ def page_of(
     c, record = run.config, run.folder.record().get("environment", {})
     title = html.escape(f"{run.folder.path.name}: {c['method']} on {c['reward']}")
     sheets = sorted((run.folder.path / "samples").glob("*.png"))
-    pictures = [f"<h3>{html.escape(f.stem)}</h3>{_inline(f)}" for f in dict.fromkeys((*sheets[:1], *sheets[-1:]))]
-    rest = [f"<details><summary>{html.escape(f.stem)}</summary>{_inline(f)}</details>" for f in sheets[1:-1]]
+    pictures = [f"<h3>{html.escape(f.stem)}</h3>{_inline(f)}" for f in sheets[:1]]
+    rest = [f"<details><summary>{html.escape(f.stem)}</summary>{_inline(f)}</details>" for f in sheets[1:]]
     settings = {k: v for k, v in c.items() if not isinstance(v, dict)}
     more = {**record.get("versions", {}), **record.get("hardware", {}), "commit": record.get("commit"), "begun": record.get("time")}
     history = f'<div class="wide">{run.history.round(4).to_html(index=False)}</div>'

@@ -172,6 +172,14 @@ def test_show_and_lists(pipe_folder, here):
     assert "truncation_k: 2" in dry and "peak" in dry and not (here / "runs").exists()
 
 
+def test_a_reader_that_has_had_enough_is_no_error():
+    "As with `alignkit presets | head -1`."
+    run = outside("-u", "-m", "alignkit", "presets")
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.wait(60) == 0 and "error" not in run.stderr.read()
+
+
 def test_a_run_without_a_place_gets_one(pipe_folder, here):
     for n in (1, 2):
         ask("train", "ddpo", "--pipe", pipe_folder, FEW, "--set", "num_epochs=1")
