@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast check t export house readme
+.PHONY: help demo test fast check t export house readme browser
 
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
 BOTH_CORES = -n 2 --dist worksteal
@@ -35,6 +35,10 @@ t: .venv/ready  ## the tests and notebooks whose name matches: make t K=ratio, m
 export: .venv/ready  ## clean the notebooks and write alignkit/ from them
 	.venv/bin/nbdev_clean
 	.venv/bin/nbdev_export
+
+browser: .venv/ready  ## boards in a real JupyterLab, looked at by a real browser; screenshots in SHOTS=runs/browser
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev,browser]'
+	.venv/bin/python tests/browser.py $(or $(SHOTS),runs/browser)
 
 house: .venv/ready  ## draw the imports into CONTRIBUTING.md
 	.venv/bin/python tests/house.py

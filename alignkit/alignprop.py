@@ -304,11 +304,12 @@ def train(
     resume:str|Path|bool=False,  # a run folder, or True: go on with `out`; what is not given is read there
     callbacks=(),  # one or several, called as callback(run, row) after an epoch; the answer True stops the run
     override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
+    live:bool=False,  # on a board in the notebook, with a button that stops the run; see `live.dashboard`
 ) -> Run:
     "AlignProp from start to end: draw with a graph, score, go back, update, record."
     cfg, skipped = settled(cfg, AlignPropConfig, out, resume, override), Skipped()
     size = cfg.samples_per_epoch // cfg.updates_per_epoch
-    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient=True, skipped=skipped) as job:
+    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, live, needs_gradient=True, skipped=skipped) as job:
         names = list(names_of_parts(job.reward).values())
         for epoch in epochs(job):
             clock, texts = Clock(sample_s=0., reward_s=0.), [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'uncompiled', 'plain_name', 'forget_accelerator', 'unwrap_forward', 'tf32_convolutions', 'storage_key',
-           'is_plain', 'spelled_out', 'hooks_of', 'take_adapters', 'FakeTensorMode', 'TorchDispatchMode', 'tree_leaves',
-           'tree_map']
+           'is_plain', 'spelled_out', 'hooks_of', 'take_adapters', 'heard_while_busy', 'FakeTensorMode',
+           'TorchDispatchMode', 'tree_leaves', 'tree_map']
 
 # %% ../nbs/00a_compat.ipynb #feb72903
 import torch
@@ -93,3 +93,10 @@ def take_adapters(
         for k in ("peft_config", "_hf_peft_config_loaded"): net.__dict__.pop(k, None)
         net.__dict__.update(held)
     return put_back
+
+# %% ../nbs/00a_compat.ipynb #3b8e61d1
+def heard_while_busy(
+    widget,  # of ipywidgets
+):
+    "Let a widget's messages be heard where the front end sends them, a subshell, and not by the cell that wrote to it last."
+    if hasattr(widget.comm, "_reply_subshell_for"): widget.comm._reply_subshell_for = lambda data, default: default

@@ -289,11 +289,12 @@ def train(
     resume:str|Path|bool=False,  # a run folder, or True: go on with `out`; what is not given is read there
     callbacks=(),  # one or several, called as callback(run, row) after an epoch; the answer True stops the run
     override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
+    live:bool=False,  # on a board in the notebook, with a button that stops the run; see `live.dashboard`
 ) -> Run:
     "DDPO from start to end: sample, score, advantages, update, record."
     cfg = settled(cfg, DDPOConfig, out, resume, override)
     stats = lookup(ADVANTAGES, cfg.advantages, "advantages")(cfg)
-    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_density=True, stats=stats) as job:
+    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, live, needs_density=True, stats=stats) as job:
         for epoch in epochs(job):
             # sample and score this process's pictures; all know all rewards, so all hold the same statistics
             groups, clock = update_groups(cfg, epoch, job.rank, job.world), Clock()

@@ -215,10 +215,11 @@ def train(
     resume:str|Path|bool=False,  # a run folder, or True: go on with `out`; what is not given is read there
     callbacks=(),  # one or several, called as callback(run, row) after an epoch; the answer True stops the run
     override:dict|None=None,  # settings that a run which goes on changes from here on, such as dict(learning_rate=1e-4)
+    live:bool=False,  # on a board in the notebook, with a button that stops the run; see `live.dashboard`
 ) -> Run:
     "Reward-weighted regression from start to end: sample, score, weigh, regress, record."
     cfg = settled(cfg, RWRConfig, out, resume, override)
-    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override) as job:
+    with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, live) as job:
         T = job.model.scheduler.config.num_train_timesteps
         for epoch in epochs(job):
             # sample and score this process's pictures; all processes know all rewards, and share the pictures that have a weight

@@ -16,6 +16,7 @@ from .compat import forget_accelerator, plain_name, uncompiled, unwrap_forward
 from .fast import fast, products
 from .folder import FREE, RunFolder, check_config, checkpoints, locked, plain, refuse_if_in_use, write_atomic
 from .judges import warn_of_emoji_judges
+from .live import dashboard
 from .mdp import ddim_mean_std, generator_for, get_sampler, with_density
 from .pipelines import Model, adapted_encoders, add_lora, cast, check_names, check_not_fused, load, modules_of
 from .pipelines import open_model, pixels, tell_cut
@@ -496,7 +497,7 @@ def _advice(job, error):
 @contextmanager
 def setup(
     cfg:TrainConfig,  # checked here
-    pipe, reward, prompts, out=None, resume=False, callbacks=(), override=None,  # as given to `train`
+    pipe, reward, prompts, out=None, resume=False, callbacks=(), override=None, live=False,  # as given to `train`
     needs_gradient:bool=False,  # refuse a reward without one
     needs_density:bool=False,  # refuse a schedule with a step without one
     **state,  # what the method remembers: name -> object with state_dict() and load_state_dict()
@@ -507,6 +508,7 @@ def setup(
         try:
             job, saved = _make(stack, cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient, needs_density, state)
             _judges_at_rest(stack, job)
+            if live and job.main: job = replace(job, callbacks=(*job.callbacks, stack.enter_context(dashboard(job.run))))
             _begin(stack, job, saved)
             try: yield job
             except KeyboardInterrupt as e: _interrupted(job, e)

@@ -205,6 +205,9 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         from alignkit.curves import task_config
         from alignkit.runs import read_run
         assert len(read_run('two').history) == 1 and task_config('jpeg_soft', 'alignprop_k1')[1].eval_every == 4""",
+    live="""
+        from alignkit.live import watch
+        assert watch('two').over and 'two: finished' in str(watch('two'))""",
     tiny="""
         import numpy
         from alignkit.tiny import load_glyphs, render
