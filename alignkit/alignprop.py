@@ -172,13 +172,17 @@ _PAPER = dict(
 # The paper draws one K an update; that code redraws at every step: strategy="per_step"
 _AESTHETIC = dict(_PAPER, num_epochs=7, reward_target=10.)
 PRESETS = {
+    # SD 1.5, LoRA, aesthetic score, as in the paper: one K an update, uniform over the steps.
     "alignprop-paper": _AESTHETIC,
+    # The same under the name of its code, config/align_prop.py:aesthetic.
     "aesthetic": _AESTHETIC,
+    # config/align_prop.py:aesthetic_k1, the gradient of the last step alone.
     "aesthetic-k1": dict(_AESTHETIC, strategy="last", truncation_k=1),
-    # the same with HPSv2, loss 0.01 (1 - r), whose gradient is that of -0.01 r
+    # config/align_prop.py:hps, the same with HPSv2. Its loss, 0.01 (1 - r), has the gradient of -0.01 r
     "hps": dict(_PAPER, num_epochs=200),
+    # config/align_prop.py:hps_k1, the gradient of the last step alone.
     "hps-k1": dict(_PAPER, num_epochs=200, strategy="last", truncation_k=1),
-    # its later code, commit b22918a: TRL's pipeline, one cut N(42, 5) a batch, weight decay 1e-4, gradient norm 1, batch 128
+    # AlignProp's later code, commit b22918a: TRL's pipeline, one cut N(42, 5) a batch, weight decay 1e-4, gradient norm 1, batch 128
     "alignprop-head": dict(
         _PAPER, num_epochs=20, samples_per_epoch=128, updates_per_epoch=1, guidance_scale=5., eta=1., adam_weight_decay=1e-4,
         max_grad_norm=1., strategy="gaussian", reward_target=10.),

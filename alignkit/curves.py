@@ -379,7 +379,9 @@ def _tell(out, whole, needed):
           f"tables: {out / 'summary.csv'}, {out / 'time_to.csv'}")
 
 # %% ../nbs/12_curves.ipynb #e6bc0581
-def main():
+def main(
+    words:list[str]|None=None,  # None: what stands behind the program's name
+):
     "The command line."
     parser = argparse.ArgumentParser(
         description="Every method on the embedded pipeline: held-out reward against time and queries. "
@@ -391,7 +393,7 @@ def main():
     parser.add_argument("--num-epochs", type=int)
     parser.add_argument("--short", action="store_true", help="1024 reward queries a run")
     parser.add_argument("--jobs", type=int, help="processes at a time, one thread each")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     import matplotlib
     matplotlib.use("Agg")  # a terminal has no window
     chosen = [ALIASES.get(args.reward, args.reward)] if args.reward else ["tiny_aesthetic", "jpeg_compressibility"]

@@ -122,13 +122,17 @@ class Reward:
     __radd__, __rmul__ = __add__, __mul__
 
 # %% ../nbs/05_rewards.ipynb #7a9e2c5f
-def _jpeg_size(images, prompts):
-    "What both JPEG rewards ask."
+def _incompressibility(images, prompts):
+    "The size of a picture as a JPEG file of quality 95."
     check_images(images)
     return jpeg_size_kb(images)
 
-jpeg_incompressibility = Reward(_jpeg_size, "jpeg_incompressibility")
-jpeg_compressibility = Reward(lambda images, prompts: -_jpeg_size(images, prompts), "jpeg_compressibility")
+def _compressibility(images, prompts):
+    "The size of a picture as a JPEG file of quality 95, with a minus: the smaller the better."
+    return -_incompressibility(images, prompts)
+
+jpeg_incompressibility = Reward(_incompressibility, "jpeg_incompressibility")
+jpeg_compressibility = Reward(_compressibility, "jpeg_compressibility")
 
 # %% ../nbs/05_rewards.ipynb #64f09855
 def load_clip(

@@ -8,7 +8,6 @@ __all__ = ['Setting', 'classes_in', 'settings_of', 'lines_of', 'explained']
 # %% ../nbs/00b_settings.ipynb #97da3031
 import ast, inspect, io, sys, textwrap, tokenize
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 # %% ../nbs/00b_settings.ipynb #4eaae976
@@ -24,8 +23,15 @@ def _comments(source):
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("#").strip() for t in tokens if t.type == tokenize.COMMENT}
 
-def _setting(source, line, comment):
-    kind, default = (part and ast.get_source_segment(source, part) for part in (line.annotation, line.value))
+def _text(lines, node):
+    "The source of an expression, as `ast.get_source_segment` finds it; that splits the whole source each time."
+    whole = [line.encode() for line in lines[node.lineno - 1:node.end_lineno]]  # columns are counted in bytes
+    whole[-1] = whole[-1][:node.end_col_offset]
+    whole[0] = whole[0][node.col_offset:]
+    return "\n".join(line.decode() for line in whole)
+
+def _setting(lines, line, comment):
+    kind, default = (part and _text(lines, part) for part in (line.annotation, line.value))
     return Setting(line.target.id, kind, default or "", comment)
 
 @lru_cache
@@ -33,10 +39,11 @@ def classes_in(
     source:str,  # of a module, or of a single class
 ) -> dict:  # class -> names of its bases, list of its own settings
     "The classes of a source with their annotated lines."
-    behind = _comments(source)
-    def own(node): return [_setting(source, x, behind.get(x.end_lineno, "")) for x in node.body if isinstance(x, ast.AnnAssign)]
+    behind, lines = _comments(source), source.split("\n")
+    def own(node): return [_setting(lines, x, behind.get(x.end_lineno, "")) for x in node.body if isinstance(x, ast.AnnAssign)]
     return {c.name: ([ast.unparse(b) for b in c.bases], own(c)) for c in ast.parse(source).body if isinstance(c, ast.ClassDef)}
 
+# %% ../nbs/00b_settings.ipynb #cd7dabfe
 def settings_of(
     name:str,  # of a class
     *sources:str,  # where it and the classes that it inherits from are written
@@ -52,14 +59,16 @@ def settings_of(
 def _source(cls):
     "The text in which a class is written; '' where nobody knows it."
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    try: return Path(file).read_text(encoding="utf-8") if file and file.endswith(".py") else textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError): return ""
+    try:
+        if not (file and file.endswith(".py")): return textwrap.dedent(inspect.getsource(cls))
+        with tokenize.open(file) as f: return f.read()  # whatever its encoding
+    except (OSError, TypeError, SyntaxError, UnicodeDecodeError): return ""
 
 def _own(cls):
     "A class's own settings: from its source, or else from the class."
     annotated = vars(cls).get("__annotations__", {})
     try: said = {s.name: s for s in classes_in(_source(cls)).get(cls.__name__, ((), ()))[1]}
-    except SyntaxError: said = {}
+    except (SyntaxError, ValueError, tokenize.TokenError): said = {}
     def bare(name, kind): return Setting(name, getattr(kind, "__name__", str(kind)), repr(vars(cls)[name]) if name in vars(cls) else "", "")
     return [said.get(name, bare(name, kind)) for name, kind in annotated.items()]
 

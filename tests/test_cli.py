@@ -68,7 +68,7 @@ def test_precedence(here):
     (["train", "ddpo", "--set", "lerning_rate=1"], 1, "settings: DDPOConfig has no 'lerning_rate'; did you mean learning_rate"),
     (["train", "ddpo", "--set", "num_epochs=many"], 1, "num_epochs: a whole number"),
     (["train", "ddpo", "--set", "num_epochs"], 1, "--set: name=value, got 'num_epochs'"),
-    (["train", "ddpo", "--reward", "mine.py:blueness"], 1, "reward: mine.py has no 'blueness'; choose from redness"),
+    (["train", "ddpo", "--reward", "mine.py:blueness"], 1, "reward: mine.py has no 'blueness'; choose from mine.py:redness"),
     (["train", "ddpo", "--reward", "none.py:f"], 1, "reward: no file none.py"),
     (["train", "alignprop", "--reward", "jpeg_compressibility"], 1, "has no gradient"),
     (["train", "ddpo", "--preset", "paper"], 1, "preset"),
