@@ -18,7 +18,8 @@ setup(
     classifiers=["Development Status :: 3 - Alpha", *(f"Programming Language :: Python :: 3.{v}" for v in (10, 11, 12, 13))],
     install_requires=cfg.get("requirements", "").split(),
     extras_require={extra: " ".join(cfg[f"{name}_requirements"] for name in names).split() for extra, names in dict(
-        rewards=["rewards"], track=["track"], browser=["browser"], dev=["rewards", "track", "dev"]).items()},
+        rewards=["rewards"], track=["track"], data=["data"], hps=["hps"], browser=["browser"],
+        dev=["rewards", "track", "data", "dev"]).items()},
     long_description=(root / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     entry_points={"console_scripts": [f"{cfg['lib_name']}={cfg['lib_path']}.cli:main"], "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,

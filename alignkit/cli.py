@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ARGUMENTS', 'ORDER', 'app', 'DEBUG', 'Sets', 'Pipe', 'Rewards', 'PromptsFrom', 'Preset', 'Config',
-           'TITLES', 'trains', 'BARS', 'CURVES', 'STYLE', 'Many', 'MethodName', 'H', 'CHECKS', 'settings_in',
+           'TITLES', 'trains', 'BARS', 'CURVES', 'STYLE', 'Many', 'MethodName', 'H', 'CHECKS', 'APART', 'settings_in',
            'read_yaml', 'value_of', 'changes_of', 'pairs_of', 'reward_of', 'prompts_of', 'guarded', 'command', 'main',
            'settle', 'resume', 'bars', 'show', 'page_of', 'rewards', 'prompts', 'presets_in', 'presets', 'evaluate',
            'mix', 'plan', 'fit', 'serve_reward', 'curves', 'check_log_prob', 'check_ratio', 'check_gradient', 'lacking',
@@ -677,6 +677,13 @@ CHECKS = {  # what -> function of a device, and the most it may give
     "ratio before any update, from 1": (check_ratio, 0.),
     "slope of the loss, against a difference": (check_gradient, 0.02),
 }
+APART = dict(hps="for benchmarks/hps.py alone, in an environment of its own", browser="for `make browser` alone")  # extras that no run needs
+
+def _told_of(extra, lacks):
+    "A line on what is installed for an extra, or for the package itself."
+    what = f"[{extra}]" if extra else ""
+    then = APART.get(extra, f"pip install 'alignkit{what}'")
+    return f"{what or 'alignkit':14} " + (f"lacks {', '.join(lacks)}: {then}" if lacks else "has all it needs")
 
 @command
 def doctor():
@@ -684,9 +691,7 @@ def doctor():
     from alignkit.folder import environment
     there = environment()
     print("\n".join(f"{k:14} {v}" for k, v in {**there["versions"], **there["hardware"]}.items()))
-    for extra, lacks in lacking().items():
-        what = f"[{extra}]" if extra else "alignkit"
-        print(f"{what:14} " + (f"lacks {', '.join(lacks)}: pip install 'alignkit{what if extra else ''}'" if lacks else "has all it needs"))
+    print("\n".join(_told_of(*asked) for asked in lacking().items()))
     device, bad = _device(), []
     for what, (check, most) in CHECKS.items():
         found = check(device)
