@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ARGUMENTS', 'ORDER', 'app', 'DEBUG', 'Sets', 'Pipe', 'Rewards', 'PromptsFrom', 'Preset', 'Config',
-           'TITLES', 'trains', 'BARS', 'CURVES', 'STYLE', 'Many', 'MethodName', 'H', 'CHECKS', 'APART', 'settings_in',
-           'read_yaml', 'value_of', 'changes_of', 'pairs_of', 'reward_of', 'prompts_of', 'guarded', 'command', 'main',
-           'settle', 'resume', 'bars', 'show', 'page_of', 'rewards', 'prompts', 'presets_in', 'presets', 'evaluate',
-           'mix', 'plan', 'fit', 'serve_reward', 'curves', 'check_log_prob', 'check_ratio', 'check_gradient', 'lacking',
-           'doctor']
+           'TITLES', 'trains', 'BARS', 'CURVES', 'STYLE', 'Many', 'Recorded', 'Which', 'Format', 'MethodName', 'H',
+           'CHECKS', 'APART', 'settings_in', 'read_yaml', 'value_of', 'changes_of', 'pairs_of', 'reward_of',
+           'prompts_of', 'guarded', 'command', 'main', 'settle', 'resume', 'bars', 'show', 'page_of', 'rewards',
+           'prompts', 'presets_in', 'presets', 'evaluate', 'mix', 'export', 'push', 'plan', 'fit', 'serve_reward',
+           'curves', 'check_log_prob', 'check_ratio', 'check_gradient', 'lacking', 'doctor']
 
 # %% ../nbs/14_cli.ipynb #5fa761ab
 import ast, difflib, functools, importlib, os, re, sys, zlib
@@ -146,7 +146,7 @@ def prompts_of(
     return texts if len(texts) > 1 or " " in texts[0] and not named else texts[0]
 
 # %% ../nbs/14_cli.ipynb #f0824bbc
-ORDER = "train resume show evaluate mix plan fit serve-reward curves rewards prompts presets settings doctor".split()
+ORDER = "train resume show evaluate mix export push plan fit serve-reward curves rewards prompts presets settings doctor".split()
 
 class _InOrder(typer.core.TyperGroup):
     "Commands in the order in which one needs them."
@@ -537,6 +537,38 @@ def mix(
     mixed = mix(a, b, coefficient, pipe or _pipe_of(a, b))
     save_lora(open_model(mixed).net, out, mixed)
     print(f"{out}: pipe.load_lora_weights reads it")
+
+# %% ../nbs/14_cli.ipynb #4d1c7a90
+Recorded = Annotated[Path, typer.Argument(help="The folder of a run.")]
+Which = Annotated[str, typer.Option(help="last, best (with early stopping), or the epoch of a checkpoint.")]
+Format = Annotated[str, typer.Option(help="Of a LoRA: diffusers, kohya (for ComfyUI and others) or both.")]
+
+def _read(run, which, pipe):
+    "A recorded run with its pipeline."
+    from alignkit.runs import Run
+    return Run.load(run, int(which) if which.isdigit() else which, pipe)
+
+@command
+def export(
+    run: Recorded, folder: Annotated[Path, typer.Argument(help="That gets it.")], format: Format = "diffusers",
+    whole: Annotated[bool, typer.Option("--pipeline", help="The whole pipeline instead, adapters added to its weights.")] = False,
+    which: Which = "last", pipe: Pipe = None,
+):
+    "Write what a run learned for other programs, with its card."
+    kept = _read(run, which, pipe)
+    if whole: kept.save_pipeline(folder)
+    else: kept.save_lora(folder, format)
+    print(f"{folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
+
+@command
+def push(
+    run: Recorded, repository: Annotated[str, typer.Argument(help="On the hub: owner/name, or a name of yours.")],
+    format: Format = "diffusers", private: Annotated[Optional[bool], typer.Option(help="Whether only you see it.")] = None,
+    which: Which = "last", pipe: Pipe = None,
+):
+    "Send what a run learned to the hub, with its card. The token is that of `hf auth login`."
+    print(_read(run, which, pipe).push_to_hub(repository, format, private))
+
 
 # %% ../nbs/14_cli.ipynb #a762d8f1
 MethodName = Annotated[str, typer.Argument(help="ddpo, rwr or alignprop")]

@@ -4,7 +4,7 @@ THREADS = os.environ.get("ALIGNKIT_TEST_THREADS", "1")  # more of them round oth
 os.environ.update(OMP_NUM_THREADS=THREADS, MKL_NUM_THREADS=THREADS, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
                   TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg", ALIGNKIT_PROGRESS="0",
                   CUDA_VISIBLE_DEVICES="")  # a GPU rounds otherwise, and cannot be used after a fork
-import json, math, multiprocessing, socket, subprocess, sys, warnings
+import ctypes, json, math, multiprocessing, socket, subprocess, sys, warnings
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -72,10 +72,18 @@ def unbroken(pipe_folder, tmp_path_factory):
     return out
 
 
-def in_child(fn, *args):
-    "Run `fn(*args)` in a forked process, which may be killed; returns its exit code (-9: SIGKILL)."
+def forked(fn, *args):
+    "`fn(*args)` begun in a forked process."
+    libraries = list((Path(torch.__file__).parent / "lib").glob("libgomp*"))  # none on a Mac
+    if libraries and THREADS != "1": ctypes.CDLL(libraries[0]).omp_pause_resource_all(2)  # threads are not forked: the child waits for them
     child = multiprocessing.get_context("fork").Process(target=fn, args=args)
     child.start()
+    return child
+
+
+def in_child(fn, *args):
+    "Run `fn(*args)` in a forked process, which may be killed; returns its exit code (-9: SIGKILL)."
+    child = forked(fn, *args)
     child.join(120)
     if child.exitcode is None:
         child.kill()

@@ -482,12 +482,15 @@ def test_push_to_hub(lora_run, tmp_path, monkeypatch, nowhere_else):
         next(iter(load_file(lora_run.folder.path / "lora" / WEIGHTS).values())))
 
 
-def test_push_to_hub_as_a_user_does(lora_run, pipe_folder):
+@pytest.mark.parametrize("typed", [False, True], ids=["in Python", "typed"])
+def test_push_to_hub_as_a_user_does(typed, lora_run, pipe_folder):
     "A fresh process, the address of the hub in the environment, a run that was read back."
-    script = f"from alignkit.runs import Run\nprint(Run.load({str(lora_run.folder.path)!r}).push_to_hub('animals', format='both'))"
+    folder = str(lora_run.folder.path)
+    words = ["-c", f"from alignkit.runs import Run\nprint(Run.load({folder!r}).push_to_hub('animals', format='both'))"]
+    if typed: words = ["-m", "alignkit", "push", folder, "animals", "--format", "both"]
     with hub() as (address, got):
         env = os.environ | dict(HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_TOKEN="hf_none", HF_HUB_DISABLE_TELEMETRY="1")
-        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith(f"{address}/me/animals")
     assert_received(lora_run, got, "animals")

@@ -157,6 +157,25 @@ def test_what_is_mixed_is_read_by_diffusers(pipe_folder, here):
     assert (picture("half", 1.) - picture("half", 0.)).abs().max() > 1e-4
 
 
+def test_what_is_exported_is_read_by_diffusers(pipe_folder, here):
+    "An adapter in both ways of writing, and a pipeline with the adapter in its weights, draw the run's own picture; a card lies beside each."
+    ask("train", "ddpo", "--pipe", pipe_folder, FEW, "--set", "num_epochs=1", "--set", "learning_rate=0.05", "--out", "run")
+    ask("export", "run", "both", "--format", "both")
+    assert "model_index.json" in ask("export", "run", "whole", "--pipeline") and (here / "both" / "README.md").is_file()
+    def picture(folder, *lora, **kw):
+        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        if lora: pipe.load_lora_weights(*lora, **kw)
+        return pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    wanted = picture(pipe_folder, "run/lora")
+    assert (wanted - picture(pipe_folder)).abs().max() > 1e-4
+    for got in (picture("whole"), *(picture(pipe_folder, "both", weight_name=f.name) for f in (here / "both").glob("*.safetensors"))):
+        assert_close(got, wanted, rtol=0, atol=1e-5)
+    assert len(list((here / "both").glob("*.safetensors"))) == 2
+    assert "format: one of 'diffusers', 'kohya', 'both'" in ask("export", "run", "x", "--format", "gguf", code=1)
+    assert "which: the weights that run has are" in ask("export", "run", "x", "--which", "7", code=1)
+
+
 def test_show_and_lists(pipe_folder, here):
     "One file with every picture inside; lists with a line each."
     ask("train", "rwr", "--pipe", pipe_folder, FEW, "--set", "num_epochs=2", "--out", "run")

@@ -1,5 +1,5 @@
 "Runs that are looked at while they go on: by files of another process, from a busy kernel, through half-written files, without a notebook."
-import json, multiprocessing, os, queue, re, shutil, signal, subprocess, sys, threading, time, weakref
+import json, os, queue, re, shutil, signal, subprocess, sys, threading, time, weakref
 from contextlib import contextmanager
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from PIL import Image
 from alignkit import live
 from alignkit.folder import Pictures
 from alignkit.runs import Latest, Run, read_run
-from conftest import ROOT, assert_same_run, go
+from conftest import ROOT, assert_same_run, forked, go
 
 RECORDED = ROOT / "data" / "runs" / "jpeg_compressibility" / "ddpo_is_seed3"
 
@@ -34,8 +34,7 @@ def parts_of(board): return board.shows.parts
 @contextmanager
 def another_process(pipe_folder, out, **changes):
     "A run that somebody else does."
-    child = multiprocessing.get_context("fork").Process(target=_run_there, args=(pipe_folder, out, changes))
-    child.start()
+    child = forked(_run_there, pipe_folder, out, changes)
     try: yield child
     finally:
         if child.is_alive(): child.kill()

@@ -9,7 +9,7 @@ from alignkit import alignprop, ddpo, folder, rwr
 from alignkit.pipelines import load
 from alignkit.rewards import Reward, get_reward
 from alignkit.folder import RunFolder, holder
-from conftest import PROMPTS, assert_same_run, bits, brightness, go, history, in_child, weights
+from conftest import PROMPTS, assert_same_run, bits, brightness, forked, go, history, in_child, weights
 
 FEW = dict(samples_per_epoch=4, updates_per_epoch=1, num_inference_steps=3, eval_every=0, fast="onednn")
 METHODS = {"rwr": (rwr.train, rwr.RWRConfig, "jpeg_compressibility"), "ddpo": (ddpo.train, ddpo.DDPOConfig, "jpeg_compressibility"),
@@ -233,10 +233,8 @@ def run_elsewhere(pipe, out, ready, go_on):
 
 def test_a_second_run_is_refused_while_the_first_is_alive(pipe_folder, tmp_path):
     "By its process and host; the first one ends as if nothing had been, and leaves no lock."
-    fork, out = multiprocessing.get_context("fork"), tmp_path / "run"
-    ready, go_on = fork.Event(), fork.Event()
-    first = fork.Process(target=run_elsewhere, args=(pipe_folder, out, ready, go_on))
-    first.start()
+    ready, go_on, out = multiprocessing.Event(), multiprocessing.Event(), tmp_path / "run"
+    first = forked(run_elsewhere, pipe_folder, out, ready, go_on)
     try:
         assert ready.wait(60)
         with pytest.raises(RuntimeError, match=f"in use by another run, process {first.pid} on"): short(pipe_folder, out, resume=True)

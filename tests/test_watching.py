@@ -1,5 +1,5 @@
 "Runs that can be watched: progress, trackers, callbacks, sheets with captions, and the file that asks a run to stop."
-import json, math, multiprocessing, os, select, struct, sys, warnings
+import json, math, os, select, struct, sys, warnings
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +13,7 @@ from alignkit.progress import Meter
 from alignkit.rewards import Reward
 from alignkit.runs import Run, read_run
 from alignkit.rwr import RWRConfig, train as regress
-from conftest import PROMPTS, ROOT, assert_same_run, brightness, go, history, in_child, on_two, small
+from conftest import PROMPTS, ROOT, assert_same_run, brightness, forked, go, history, in_child, on_two, small
 
 
 def greenness(images, prompts):
@@ -398,8 +398,7 @@ def test_bars_on_a_terminal(pipe_folder):
     import fcntl, pty, termios  # not on Windows
     main, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-    child = multiprocessing.get_context("fork").Process(target=_speaks, args=(end, pipe_folder))
-    child.start()
+    child = forked(_speaks, end, pipe_folder)
     os.close(end)
     seen = b""
     while select.select([main], [], [], 60)[0]:
