@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'ARGUMENTS', 'ORDER', 'app', 'DEBUG', 'Sets', 'Pipe', 'Rew
            'curves', 'check_log_prob', 'check_ratio', 'check_gradient', 'lacking', 'doctor']
 
 # %% ../nbs/14_cli.ipynb #5fa761ab
-import ast, difflib, functools, importlib, os, re, sys, zlib
+import ast, difflib, functools, importlib, os, re, sys, warnings, zlib
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Annotated, Optional
@@ -199,8 +199,11 @@ def command(fn):
     app.command(name)(guarded(fn))
     return fn
 
+def _warn(message, *where): _say(f"warning: {message}")
+
 def main():
     "The program."
+    if "--debug" not in sys.argv: warnings.showwarning = _warn  # one line, without the line of the source
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter
     words = [word for word in sys.argv[1:] if word != "--debug"]
     app(["--debug"] * ("--debug" in sys.argv) + words, prog_name="alignkit")

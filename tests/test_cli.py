@@ -158,7 +158,7 @@ def test_what_is_mixed_is_read_by_diffusers(pipe_folder, here):
 
 
 def test_what_is_exported_is_read_by_diffusers(pipe_folder, here):
-    "An adapter in both ways of writing, and a pipeline with the adapter in its weights, draw the run's own picture; a card lies beside each."
+    "An adapter in both ways of writing, and a pipeline with it in its weights, draw the run's own picture; a card lies beside each."
     ask("train", "ddpo", "--pipe", pipe_folder, FEW, "--set", "num_epochs=1", "--set", "learning_rate=0.05", "--out", "run")
     ask("export", "run", "both", "--format", "both")
     assert "model_index.json" in ask("export", "run", "whole", "--pipeline") and (here / "both" / "README.md").is_file()
