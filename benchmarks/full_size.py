@@ -1,6 +1,6 @@
 """SD 1.5 at its real size: what `memory.plan` foretells, and what a GPU took.
 
-    python benchmarks/full_size.py --plan plans.json                    # anywhere: settings that fit cards of several sizes, and their plans
+    python benchmarks/full_size.py --plan plans.json    # anywhere: settings that fit cards of several sizes, and their plans
     python benchmarks/full_size.py --run plans.json --out measured.json # on a GPU: each setting trained for one epoch
 
 The pipeline has the architecture of Stable Diffusion 1.5 and random weights (bytes and seconds do not depend on their values), and is
@@ -82,12 +82,14 @@ def ratios(pipe, precision):
     noise = sample_noise(0, "rollout", 0, range(B), (S + 1, *model.latent_shape)).to("cuda", dtype)
     by_step = [(torch.arange(B), torch.full((B,), i)) for i in range(S)]
     row, at = torch.cartesian_prod(torch.arange(B), torch.arange(S)).T
-    ways = {"4, the same": by_step} | {name: list(zip(row.split(n), at.split(n))) for name, n in {"4, mixed": 4, "2": 2, "1": 1, "24": 24}.items()}
+    mixed = {"4, mixed": 4, "2": 2, "1": 1, "24": 24}
+    ways = {"4, the same": by_step} | {name: list(zip(row.split(n), at.split(n))) for name, n in mixed.items()}
     found = {}
     with torch.no_grad():
         walk = rollout(policy(model, model.net, sampler, cond, empty, 5.), noise, step_log_prob)
         for name, batches in ways.items():
-            shift = [pair_log_prob(policy(model, model.net, sampler, cond[r], empty, 5.), walk, r, i) - walk.log_probs[r, i] for r, i in batches]
+            def now(r, i): return pair_log_prob(policy(model, model.net, sampler, cond[r], empty, 5.), walk, r, i)
+            shift = [now(r, i) - walk.log_probs[r, i] for r, i in batches]
             found[name] = torch.cat(shift).exp().sub(1).abs().max().item()
     return found
 

@@ -18,7 +18,8 @@ from common import ROOT
 SMALL = dict(embed_dim=24, vision_cfg=dict(image_size=56, layers=2, width=48, head_width=3, patch_size=14),
              text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=16, layers=2))
 SIZES = [(512, 512), (768, 512), (300, 640), (224, 224), (90, 130)]
-PROMPTS = ["a cat", "a hippopotamus riding a bike", "Salt &amp; pepper: 2 grey   mice, oil on canvas", "an octopus playing chess " + "very " * 90]
+PROMPTS = ["a cat", "a hippopotamus riding a bike", "Salt &amp; pepper: 2 grey   mice, oil on canvas",
+           "an octopus playing chess " + "very " * 90]
 MOST = 5e-5  # between two cosines of float32 networks of 32 layers, and pictures whose resizing rounds on its own
 
 def pictures():

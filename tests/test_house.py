@@ -215,6 +215,17 @@ def test_what_breaks_the_wall_is_seen(tmp_path, sources, kind, where):
     assert [(b.kind, b.where) for b in found] == [(kind, where)]
 
 
+def test_a_saved_widget_is_seen(tmp_path):
+    "As JupyterLab saves a board: a view as output, and its state in the notebook's metadata, which `nbdev_clean` leaves there."
+    path = notebook(tmp_path / "nbs" / "a.ipynb", "1", "2")
+    nb = json.loads(path.read_text())
+    nb["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
+    view = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"}
+    nb["cells"][1]["outputs"] = [dict(output_type="display_data", metadata={}, data=view)]
+    path.write_text(json.dumps(nb))
+    assert [(b.kind, b.where) for b in wall.breaks(path, tmp_path)] == [("widget", "nbs/a.ipynb"), ("widget", "nbs/a.ipynb [1] c1")]
+
+
 def test_what_stands_behind_the_wall(tmp_path):
     "Lines at the limit, a docment past it, a long cell that is not exported, magics, semicolons in text, names used in a later cell."
     cells = [

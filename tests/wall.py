@@ -1,4 +1,4 @@
-"""The wall, over notebooks and tests: how long a line and a cell may be, no ';', no unused name.
+"""The wall, over notebooks and tests: how long a line and a cell may be, no ';', no unused name, no state of a widget.
 
 `python tests/wall.py [file ...]` lists what breaks it."""
 import ast, io, json, re, sys, tokenize
@@ -17,7 +17,7 @@ NAMES = (messages.UnusedImport, messages.UnusedVariable, messages.UndefinedName)
 class Break(NamedTuple):
     "One place that breaks the wall."
     where: str  # file, cell and line
-    kind: str  # 'columns', 'semicolon', 'cell', 'name' or 'syntax'
+    kind: str  # 'columns', 'semicolon', 'cell', 'name', 'widget' or 'syntax'
     what: str
 
     def __str__(self): return f"{self.where}: {self.what}"
@@ -84,6 +84,16 @@ def names_of(pieces):
         yield Break(f"{pieces[k].where}:{m.lineno - starts[k]}", "name", m.message % m.message_args)
 
 
+def widgets_in(path, root=ROOT):
+    "Widgets that were saved with a notebook: their state is heavy, and without a kernel they show nothing."
+    if path.suffix != ".ipynb": return
+    nb, name = json.loads(path.read_text(encoding="utf-8")), str(path.relative_to(root))
+    if "widgets" in nb["metadata"]: yield Break(name, "widget", "the state of widgets in its metadata")
+    for k, cell in enumerate(nb["cells"]):
+        kinds = [kind for out in cell.get("outputs", ()) for kind in out.get("data", ())]
+        if any("jupyter.widget" in kind for kind in kinds): yield Break(f"{name} [{k}] {cell['id']}", "widget", "a widget as output")
+
+
 def breaks(
     path,  # a notebook or a Python file
     root=ROOT,
@@ -92,13 +102,13 @@ def breaks(
     pieces = cells(path, root)
     try:
         found = [b for cell in pieces for check in (lines_of, length_of) for b in check(cell)]
-        return found + list(names_of(pieces))
+        return found + list(names_of(pieces)) + list(widgets_in(path, root))
     except (SyntaxError, tokenize.TokenError) as error: return [Break(str(path.relative_to(root)), "syntax", f"does not parse: {error}")]
 
 
 def files(root=ROOT):
     "What stands behind the wall: every notebook, every test, the scripts beside them."
-    return [p for pattern in ("nbs/*.ipynb", "nbs/*.py", "tests/*.py") for p in sorted(root.glob(pattern))]
+    return [p for pattern in ("nbs/*.ipynb", "nbs/*.py", "tests/*.py", "benchmarks/*.py") for p in sorted(root.glob(pattern))]
 
 
 def main(arguments):
