@@ -5,10 +5,10 @@
 
 The work is that of TRL's documented example (the command line in its examples/scripts/ddpo.py): 24 pictures an epoch, guidance 5,
 LoRA of rank 4 on the attention layers, AdamW 3e-4, 8 updates an epoch, here with 20 DDIM steps, in float32 unless --precision says
-otherwise. Each library takes its own batches, which change speed and memory and not the update: TRL, as in that example, samples 4 x 6 pictures and trains on one timestep of
-3 at a time; alignkit samples 24 and trains on --pairs pairs of picture and timestep. Rounds alternate the order; in each, either library
-runs one epoch to warm up and one that is timed, in a process of its own. Reported are medians over the rounds, and the ratio of every
-round. Rewards are those of the epochs before any update: the means must agree within noise.
+otherwise. Each library takes its own batches, which change speed and memory and not the update: TRL, as in that example, samples 4 x 6
+pictures and trains on one timestep of 3 at a time; alignkit samples 24 and trains on --pairs pairs of picture and timestep. Rounds
+alternate the order; in each, either library runs one epoch to warm up and one that is timed, in a process of its own. Reported are medians
+over the rounds, and the ratio of every round. Rewards are those of the epochs before any update: the means must agree within noise.
 TRL needs an environment of its own: without --trl-python one is made in --cache (1.5 GB).
 """
 import argparse, json, sys

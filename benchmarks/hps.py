@@ -45,6 +45,7 @@ def theirs(config, checkpoint, images):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "of-the-benchmark.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder)
+    torch.manual_seed(0)
     how = dict(precision="fp32", light_augmentation=True, output_dict=True)
     model, _, look = open_clip.create_model_and_transforms("of-the-benchmark", None, **how)
     img_score.model_dict.update(model=model, preprocess_val=look)
