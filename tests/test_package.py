@@ -201,6 +201,9 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         from alignkit.cost import Pace, seconds, work_of
         from alignkit.rwr import RWRConfig
         assert seconds(work_of(RWRConfig(num_epochs=2, samples_per_epoch=8, num_inner_epochs=5)), Pace(1., 0.1)) == 2 * (8 + 4)""",
+    trouble="""
+        from alignkit.trouble import about, diagnose
+        assert about('wall_s')[0] == 's' and all(finding.todo for finding in diagnose(run))""",
     curves="""
         from alignkit.curves import task_config
         from alignkit.runs import read_run
