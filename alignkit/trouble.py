@@ -86,7 +86,7 @@ class Finding:
         when = f"epoch {first}" if first == last else f"epochs {first} to {last}"
         where = f" ({self.column} {self.value:.3g} in {when})" if self.column else ""
         lines = f"{self.name}: {self.what}{where}", f"  why: {self.why}", f"  do: {self.todo}"
-        return "\n".join(textwrap.fill(line, 140, subsequent_indent="    ") for line in lines)
+        return "\n".join(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)
 
 # %% ../nbs/11b_trouble.ipynb #01a97e44
 ENOUGH = 3  # epochs in a row that are no accident
