@@ -100,7 +100,7 @@ CASES = {  # name -> runs that have the finding and no other; runs just inside
     "broken": ([run_of(loss=[0.1] * 5 + [NAN]), run_of(grad_norm=[INF] + [1.] * 5), run_of(config=FP16, grad_norm=INF)],
                [run_of(config=FP16, grad_norm=[INF, INF] + [1.] * 4)]),
     "skipped": ([run_of(skipped=[0, 0, 1, 1, 1, 1]), run_of("alignprop", skipped=3)], [run_of("alignprop", skipped=0)]),
-    "flat": ([run_of(reward_std=0., grad_norm=0.), run_of("alignprop", grad_norm=0.), run_of(grad_norm=0.)],
+    "flat": ([run_of(reward_std=0.), run_of(reward_std=0., grad_norm=0.), run_of("alignprop", grad_norm=0.), run_of(grad_norm=0.)],
              [run_of("alignprop", reward_std=0.), run_of(grad_norm=[0., 0., 1., 1., 1., 1.])]),
     "equal": ([run_of("rwr", effective_samples=15.9), run_of("rwr", effective_samples=16., config=dict(weights="sparse", share=1.))],
               [run_of("rwr", effective_samples=15.7)]),
