@@ -152,7 +152,7 @@ class DDPOConfig(TrainConfig):
     kl_weight:float = 0.  # of the exact KL from the base model, see `logprob.kl_step`; 0: none, and no forward for it
     learning_rate:float = 3e-3  # ddpo-pytorch: 3e-4 for LoRA; the paper: 1e-5 for all weights
     recompute_log_probs:bool|None = None  # old log-probs from the training path; None: in half precision, and where a GPU's convolutions use TF32
-    advantages:str = "per_prompt"  # of `ADVANTAGES`: 'per_prompt' statistics, or those of the epoch's 'batch'
+    advantages:str = "per_prompt"  # of `ADVANTAGES`: statistics 'per_prompt', of the epoch's 'batch', or of its 'group' of one prompt
     stats_buffer_size:int = 8  # about six epochs of a prompt with 45 prompts, as 32 is with 256 pictures an epoch (JAX)
     stats_min_count:int = 4  # ddpo-pytorch: 16; with 45 prompts and 64 pictures an epoch that would take 12 epochs
 
