@@ -20,8 +20,8 @@ from .pipelines import Model, lookup
 from .rewards import NonFiniteReward, RewardError, check_alone, hear_parts, names_of_parts, score
 from .runs import Latest, Run
 from .training import DATA, SHOWN, Clock, Job, TrainConfig, accumulate, counted, drawing_knobs, embed, epochs
-from .training import evaluation_phase, everyone, finish, halves, noise_of, not_finite, part_means, policy_of
-from .training import record, stop_if_failed
+from .training import evaluation_phase, everyone, finish, halves, noise_of, not_finite, part_means, policy_of, prompts_of
+from .training import record, step_weights, stop_if_failed
 from .start import Default, settled, setup
 
 # %% ../nbs/10_alignprop.ipynb #a2f9a5fa
@@ -278,7 +278,7 @@ def step_or_skip(
     if everywhere(scored):
         norm = torch.as_tensor(job.accelerator.clip_grad_norm_(job.params, job.cfg.max_grad_norm)).detach()
         finite = everywhere(norm.isfinite())
-        if finite or job.accelerator.scaler is not None: job.optimizer.step()  # in fp16 the scaler leaves a step out of its own accord, and lowers its scale
+        if finite or job.accelerator.scaler is not None: step_weights(job)  # in fp16 the scaler leaves a step out of its own accord, and lowers its scale
         norm = norm if finite else None
     skipped = job.state["skipped"]
     skipped.count += norm is None
@@ -316,7 +316,7 @@ def train(
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, live, needs_gradient=True, skipped=skipped) as job:
         names = list(names_of_parts(job.reward).values())
         for epoch in epochs(job):
-            clock, texts = Clock(sample_s=0., reward_s=0.), [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
+            clock, texts = Clock(sample_s=0., reward_s=0.), prompts_of(job, epoch)
             rewards, parts, shown, updates, kept_count = {}, {name: {} for name in names}, [], [], []  # rewards by the picture's index
 
             def loss_of(pictures, kept):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'pair_log_prob', 'standardise', 'PromptStats', 'BatchStats',
-           'per_prompt', 'per_batch', 'DDPOConfig', 'preset', 'update_groups', 'kept_steps_of', 'pair_batches',
-           'gather', 'advantages_of', 'recomputes', 'recomputed', 'train']
+           'GroupStats', 'per_prompt', 'per_batch', 'per_group', 'DDPOConfig', 'preset', 'update_groups',
+           'kept_steps_of', 'pair_batches', 'gather', 'advantages_of', 'recomputes', 'recomputed',
+           'pair_log_prob_and_kl', 'penalised', 'pair_terms', 'train']
 
 # %% ../nbs/08_ddpo.ipynb #51f3cb41
 from collections import defaultdict, deque
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from .compat import tf32_convolutions
-from .logprob import step_log_prob
+from .judges import base_policy
+from .logprob import kl_step, step_log_prob
 from .mdp import Trajectory, generator_for, policy
-from .pipelines import lookup
+from .pipelines import Cond, lookup
 from .runs import Latest, Run
 from .training import Clock, Job, TrainConfig, counted, drawing_knobs, embed, epochs, evaluation_phase, finish, halves, policy_of
-from .training import record, report, sample, sampling_phases, tell_if_flat, update, update_phases
+from .training import prompts_of, record, report, sample, sampling_phases, tell_if_flat, update, update_phases
 from .start import Default, settled, setup
 
 # %% ../nbs/08_ddpo.ipynb #7598aa22
@@ -113,13 +115,26 @@ class BatchStats:
     def state_dict(self): return {}
     def load_state_dict(self, state): pass
 
+class GroupStats:
+    "Advantages over the pictures of the same prompt in this epoch; remembers nothing."
+    def advantages(self, prompts, rewards):
+        rewards, where, found = np.asarray(rewards, dtype=np.float64), defaultdict(list), np.zeros(len(prompts))
+        for i, prompt in enumerate(prompts): where[prompt].append(i)
+        for rows in where.values(): found[rows] = standardise(rewards[rows])
+        return torch.from_numpy(found).float()
+    def state_dict(self): return {}
+    def load_state_dict(self, state): pass
+
 def per_prompt(cfg): return PromptStats(cfg.stats_buffer_size, cfg.stats_min_count)
 
 def per_batch(cfg): return BatchStats()
 
+def per_group(cfg): return GroupStats()
+
 ADVANTAGES = {  # name -> function (config) -> object with advantages(prompts, rewards) -> (B,), state_dict() and load_state_dict()
     "per_prompt": "alignkit.ddpo:per_prompt",
     "batch": "alignkit.ddpo:per_batch",
+    "group": "alignkit.ddpo:per_group",
 }
 
 # %% ../nbs/08_ddpo.ipynb #4955bd10
@@ -133,33 +148,27 @@ class DDPOConfig(TrainConfig):
     micro_batch_size:int = 64  # (picture, timestep) pairs a forward; speed and memory only, never the update
     clip_range:float = 2e-3  # PPO half-width; ddpo-pytorch, TRL: 1e-4
     adv_clip_max:float = 5.  # ddpo-pytorch, TRL: 5; the JAX code: 10
-    log_prob_reduction:str = "mean"  # 'mean' as the references, or 'sum'
+    log_prob_reduction:str = "mean"  # 'mean' as the references, or 'sum'; the KL of kl_weight is reduced likewise
+    kl_weight:float = 0.  # of the exact KL from the base model, see `logprob.kl_step`; 0: none, and no forward for it
     learning_rate:float = 3e-3  # ddpo-pytorch: 3e-4 for LoRA; the paper: 1e-5 for all weights
     recompute_log_probs:bool|None = None  # old log-probs from the training path; None: in half precision, and where a GPU's convolutions use TF32
-    advantages:str = "per_prompt"  # of `ADVANTAGES`: 'per_prompt' statistics, or those of the epoch's 'batch'
+    advantages:str = "per_prompt"  # of `ADVANTAGES`: statistics 'per_prompt', of the epoch's 'batch', or of its 'group' of one prompt
     stats_buffer_size:int = 8  # about six epochs of a prompt with 45 prompts, as 32 is with 256 pictures an epoch (JAX)
     stats_min_count:int = 4  # ddpo-pytorch: 16; with 45 prompts and 64 pictures an epoch that would take 12 epochs
 
     def check(self):
         "Refuse impossible settings before any work is done."
         super().check()
-        self.one_of("method", "ddpo_is", "ddpo_sf")
-        self.need(self.eta > 0, "eta", "in (0, 1]; with eta=0 sampling is deterministic, a step has no density and nothing can be learned")
-        self.one_of("log_prob_reduction", "mean", "sum")
-        self.one_of("advantages", *ADVANTAGES)
-        self.whole("num_inner_epochs", "stats_buffer_size", "stats_min_count")
-        at_most = f"at most stats_buffer_size={self.stats_buffer_size}, or no prompt ever has enough"
-        self.need(self.stats_min_count <= self.stats_buffer_size, "stats_min_count", at_most)
-        self.need(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
-        self.positive("clip_range", "adv_clip_max")
-        if self.method == "ddpo_sf": _check_one_update(self)
+        _check_ddpo(self)
         return self
 
+    def total_updates(self): return super().total_updates() * self.num_inner_epochs
     def knobs(self, call=7.):
         "What may change without changing the update: pictures drawn and pairs trained on at a time, from the fastest to the leanest."
         drawn, pairs = drawing_knobs(self, self.samples_per_epoch), self.samples_per_epoch // self.updates_per_epoch * kept_steps_of(self)
         return [dict(sample_batch_size=n, micro_batch_size=m) for n in drawn for m in halves(pairs)]
 
+    def fixed(self): return *super().fixed(), "advantages", "stats_buffer_size", "stats_min_count"  # its statistics
     def phases(self, bytes_of): return _phases(self, bytes_of)
     def renamed(self, saved): return _renamed(saved)
 
@@ -168,6 +177,22 @@ def _renamed(saved):
     "The record of a run of version 0.1, which said `per_prompt_stats`, in today's words."
     rest = {k: v for k, v in saved.items() if k != "per_prompt_stats"}
     return rest | dict(advantages="per_prompt" if saved["per_prompt_stats"] else "batch") if rest.keys() != saved.keys() else saved
+
+def _check_ddpo(cfg):
+    "The settings of this page."
+    cfg.one_of("method", "ddpo_is", "ddpo_sf")
+    cfg.need(cfg.eta > 0, "eta", "in (0, 1]; with eta=0 sampling is deterministic, a step has no density and nothing can be learned")
+    cfg.one_of("log_prob_reduction", "mean", "sum")
+    cfg.one_of("advantages", *ADVANTAGES)
+    cfg.whole("num_inner_epochs", "stats_buffer_size", "stats_min_count")
+    at_most = f"at most stats_buffer_size={cfg.stats_buffer_size}, or no prompt ever has enough"
+    cfg.need(cfg.stats_min_count <= cfg.stats_buffer_size, "stats_min_count", at_most)
+    cfg.need(0 < cfg.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
+    cfg.positive("clip_range", "adv_clip_max")
+    cfg.need(0 <= cfg.kl_weight < np.inf, "kl_weight", "a finite number of at least 0")
+    base = cfg.trainable == "lora" or not cfg.kl_weight
+    cfg.need(base, "kl_weight", "the base model is the one without its adapter, so it needs trainable='lora'")
+    if cfg.method == "ddpo_sf": _check_one_update(cfg)
 
 def _check_one_update(cfg):
     if cfg.updates_per_epoch * cfg.num_inner_epochs > 1:
@@ -265,9 +290,8 @@ def recomputes(job:Job) -> bool:
 @torch.no_grad()
 def recomputed(
     job:Job,
-    walks:Trajectory,
+    walks:Trajectory, cond:Cond,  # this process's walks, and their prompts
     batches:list[list],  # micro-batches of every update of the epoch
-    log_prob_of,  # (row, at) -> (M,)
 ) -> Tensor:  # (B, S): the stored log-probs, those pairs scored anew
     "Old log-probs from the training path, where a batch of another shape rounds otherwise by more than clip_range allows for."
     old, job.now.doing = walks.log_probs.clone(), "training"
@@ -275,9 +299,42 @@ def recomputed(
     todo = [pairs for micro_batches in batches[:None if others else job.cfg.updates_per_epoch] for pairs in micro_batches]
     job.meter.part("old log-probs", len(todo), "batches")
     for row, at in todo:
-        old[row, at] = log_prob_of(row, at)
+        with job.accelerator.autocast():
+            old[row, at] = pair_log_prob(policy_of(job, cond[row]), walks, row, at, job.cfg.log_prob_reduction)
         job.meter.tick()
     return old
+
+# %% ../nbs/08_ddpo.ipynb #ba0b6cf4
+def pair_log_prob_and_kl(
+    step,  # the policy now, for the prompts of these pairs: see `mdp.policy`
+    base_step,  # the base model's: see `judges.base_policy`
+    trajectory:Trajectory, row:Tensor, at:Tensor, reduction:str="mean",  # as for `pair_log_prob`
+) -> tuple[Tensor, Tensor]:  # (M,) float32 each: log-prob of the stored step; KL(policy || base model) from the same state
+    "What `pair_log_prob` gives, and how far the policy is from the base model there; two forwards."
+    x = trajectory.latents[row, at]
+    base_mean, _ = base_step(at, x)
+    mean, std = step(at, x)
+    return step_log_prob(trajectory.latents[row, at + 1], mean, std, reduction), kl_step(mean, base_mean, std, reduction)
+
+def penalised(
+    loss:Tensor, info:dict,  # as a loss function of `accumulate` returns them
+    kl:Tensor|None,  # (M,); None: no penalty
+    weight:float,
+) -> tuple[Tensor, dict]:
+    "The loss with the mean KL on top, and the KL among what is reported."
+    return (loss, info) if kl is None else (loss + weight * kl.mean(), dict(info, kl_base=kl.detach().mean()))
+
+def pair_terms(
+    job:Job,
+    walks:Trajectory, cond:Cond,  # this process's walks, and their prompts
+    row:Tensor, at:Tensor,  # (M,)
+) -> tuple[Tensor, Tensor|None]:  # log-prob, and KL from the base model where it has a weight
+    "The network's part of the loss."
+    step, reduction = policy_of(job, cond[row]), job.cfg.log_prob_reduction
+    with job.accelerator.autocast():
+        if not job.cfg.kl_weight: return pair_log_prob(step, walks, row, at, reduction), None
+        base_step = base_policy(job.model.net, policy_of(job, cond[row], job.model.net))
+        return pair_log_prob_and_kl(step, base_step, walks, row, at, reduction)
 
 # %% ../nbs/08_ddpo.ipynb #56243a13
 def train(
@@ -299,27 +356,24 @@ def train(
             # sample and score this process's pictures; all know all rewards, so all hold the same statistics
             groups, clock = update_groups(cfg, epoch, job.rank, job.world), Clock()
             mine = [i for group in groups for i in group]
-            texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
+            texts = prompts_of(job, epoch)
             walks, rewards, latest, columns = gather(job, epoch, mine, texts)
             A, cond = advantages_of(job, epoch, stats, texts, rewards)[mine].to(job.device), embed(job, [texts[i] for i in mine])
             ratios = []
 
-            def log_prob_of(row, at):
-                with job.accelerator.autocast(): return pair_log_prob(policy_of(job, cond[row]), walks, row, at, cfg.log_prob_reduction)
-
             def loss_of(row, at):
-                log_prob = log_prob_of(row, at)
-                if cfg.method == "ddpo_sf": return ddpo_sf_loss(log_prob, A[row], cfg.adv_clip_max), {}
+                log_prob, kl = pair_terms(job, walks, cond, row, at)
+                if cfg.method == "ddpo_sf": return penalised(ddpo_sf_loss(log_prob, A[row], cfg.adv_clip_max), {}, kl, cfg.kl_weight)
                 loss, info = ddpo_is_loss(log_prob, old[row, at], A[row], cfg.clip_range, cfg.adv_clip_max)
                 ratios.append(info["ratio"])
-                return loss, dict(approx_kl=info["approx_kl"], clipfrac=info["clipfrac"])
+                return penalised(loss, dict(approx_kl=info["approx_kl"], clipfrac=info["clipfrac"]), kl, cfg.kl_weight)
 
             # update: passes over the pairs of picture and timestep
             with clock("train_s"):
                 starts = [0, *running_sum(map(len, groups))]
                 passes = list(product(range(cfg.num_inner_epochs), range(cfg.updates_per_epoch)))
                 batches = [pair_batches(cfg, epoch, inner, u, range(starts[u], starts[u + 1]), groups[u]) for inner, u in passes]
-                old = recomputed(job, walks, batches, log_prob_of) if recomputes(job) else walks.log_probs
+                old = recomputed(job, walks, cond, batches) if recomputes(job) else walks.log_probs
                 updates = [update(job, pairs, loss_of) for pairs in counted(job, batches)]
             if ratios: latest.ratios = torch.cat(ratios).cpu()
             if record(job, epoch, rewards, latest, **report(job, updates), **columns, **clock): break
@@ -335,8 +389,10 @@ def _pairs(cfg):
         walks, old = Trajectory(torch.empty(B, 2, *p.latents.shape[1:], dtype=p.latents.dtype)), torch.empty(B)
         row, at = torch.empty(B, dtype=torch.int64), torch.empty(B, dtype=torch.int64)
         def run():
-            step = policy(p.model, p.net, p.sampler, p.cond[row], p.empty, cfg.guidance_scale)
-            return ddpo_is_loss(pair_log_prob(step, walks, row, at), old, old)[0]
+            step, kl = policy(p.model, p.net, p.sampler, p.cond[row], p.empty, cfg.guidance_scale), None
+            if not cfg.kl_weight: log_prob = pair_log_prob(step, walks, row, at)
+            else: log_prob, kl = pair_log_prob_and_kl(step, base_policy(p.net, step), walks, row, at)
+            return penalised(*ddpo_is_loss(log_prob, old, old), kl, cfg.kl_weight)[0]
         return run, [walks.latents, old, row, at]
     return make
 
@@ -345,5 +401,5 @@ def _phases(cfg, bytes_of):
     pairs = cfg.samples_per_epoch // cfg.updates_per_epoch * kept_steps_of(cfg)
     drawing, data = sampling_phases(cfg, bytes_of, cfg.samples_per_epoch * (cfg.num_inference_steps + 1) * bytes_of.latent)
     accumulates = pairs > cfg.micro_batch_size
-    call = bytes_of.loss("pairs", _pairs(cfg), min(cfg.micro_batch_size, pairs), accumulates)
+    call = bytes_of.loss("pairs and KL" if cfg.kl_weight else "pairs", _pairs(cfg), min(cfg.micro_batch_size, pairs), accumulates)
     return {**drawing, **update_phases(bytes_of, call, data, accumulates), **evaluation_phase(cfg, bytes_of, data)}

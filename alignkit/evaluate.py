@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMS', 'FINAL', 'leave_one_out', 'leave_one_out_pairs', 'interval', 'share_interval', 'measure', 'rows_of',
-           'readable', 'check_fit', 'mount', 'mix_adapters', 'plot_path', 'read_adapter', 'mix', 'how_of', 'each',
-           'evaluate', 'side_by_side', 'mixing_path']
+           'readable', 'mount', 'mix_adapters', 'plot_path', 'read_adapter', 'mix', 'how_of', 'each', 'evaluate',
+           'side_by_side', 'mixing_path']
 
 # %% ../nbs/11_evaluate.ipynb #1c966179
 from contextlib import closing
@@ -22,7 +22,7 @@ from .clip_rewards import ClipJudge, crop_pixels, read_clip
 from .folder import RunFolder, image_grid
 from .judges import drift, repeated, warn_of_emoji_judges
 from .mdp import Drawing, draw
-from .pipelines import PIPELINES, WEIGHTS, Model, add_lora, drop_adapters, load, open_model, read_lora, without_adapters
+from .pipelines import PIPELINES, WEIGHTS, Model, add_lora, check_fit, drop_adapters, load, open_model, read_lora, without_adapters
 from .prompts import get_prompts
 from .rewards import get_rewards, score
 from .runs import Run
@@ -136,25 +136,6 @@ def readable(
     t = t.assign(cell=[cell_of(*row) for row in t[columns].itertuples(index=False)])
     by = dict(index=["prompts", "subject"], columns="measure", values="cell")
     return t.pivot_table(**by, aggfunc="first", sort=False).rename_axis(columns=None)
-
-# %% ../nbs/11_evaluate.ipynb #121e4488
-def _shape(A, B): return tuple(B.shape[:1] + A.shape[1:])  # of the product
-
-def check_fit(
-    model:Model,
-    adapter:dict,  # layer -> A (r, d_in) and B (d_out, r), as from `read_adapter`
-    name:str="",  # for the message
-) -> dict:  # the same adapter
-    "Refuse an adapter for layers that the network does not have, or has in other shapes."
-    def weight(m): return getattr(m, "base_layer", m).weight  # a layer with an adapter has its own weight inside
-    layers = {n: m for n, m in model.net.named_modules() if hasattr(m, "base_layer") or isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    there = {n: tuple(weight(m).shape) for n, m in layers.items()}
-    wrong = [(n, _shape(*f)) for n, f in adapter.items() if there.get(n) != _shape(*f)]
-    if not wrong: return adapter
-    n, shape = wrong[0]
-    has = f"{there[n]} there" if n in there else "no such layer"
-    raise ValueError(f"{f'the adapter {name}'.strip()} does not fit this pipeline: {len(wrong)} of its {len(adapter)} layers differ, "
-                     f"first {n}: the adapter changes a weight of shape {shape}, the pipeline has {has}")
 
 # %% ../nbs/11_evaluate.ipynb #1fdee983
 def mount(

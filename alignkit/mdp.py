@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'predict_original', 'ddim_mean_std', 'ddim', 'get_sampler', 'with_density', 'policy', 'walk',
-           'generator_for', 'sample_noise', 'Trajectory', 'rollout', 'Drawing', 'batches', 'draw']
+           'generator_for', 'sample_noise', 'Trajectory', 'rollout', 'Drawing', 'check_negative', 'led_away', 'batches',
+           'draw']
 
 # %% ../nbs/02_mdp.ipynb #3a3e80a4
 from contextlib import contextmanager, nullcontext
@@ -210,6 +211,25 @@ class Drawing:
     height:int|None = None  # pixels; None: the model's own
     width:int|None = None
     batch_size:int = 64  # pictures at a time; speed and memory only
+    negative_prompt:str|None = None  # what guidance leads away from; None: from what is drawn without a prompt
+
+# %% ../nbs/02_mdp.ipynb #b508dc57
+def check_negative(model:Model, guidance_scale:float, negative_prompt:str|None):
+    "Refuse a negative prompt that nobody would look at."
+    if negative_prompt is None: return
+    if model.guidance is not None: why = "this network guides itself and is told none"
+    elif guidance_scale == 1: why = "without guidance (a scale of 1) nobody looks at it"
+    else: return
+    raise ValueError(f"negative_prompt: {why}, got {negative_prompt!r}")
+
+def led_away(
+    model:Model,
+    guidance_scale:float,  # 1: no guidance
+    negative_prompt:str|None=None,  # None: no prompt
+) -> Cond|None:  # one row, the `empty` of `policy`; None where there is no guidance
+    "What guidance leads away from."
+    check_negative(model, guidance_scale, negative_prompt)
+    return model.encode([negative_prompt]) if guidance_scale != 1 else None
 
 @torch.inference_mode()
 def batches(
@@ -219,7 +239,7 @@ def batches(
 ):  # yields step (see `policy`) and noise of each batch
     "The policy and the dice of every picture that is to be drawn."
     sampler = get_sampler(model, how.num_inference_steps, how.eta, how.sampler)
-    cond, empty = model.encode(prompts), model.encode([None]) if how.guidance_scale != 1 else None
+    cond, empty = model.encode(prompts), led_away(model, how.guidance_scale, how.negative_prompt)
     for at in range(0, len(prompts), how.batch_size):
         here = range(at, min(at + how.batch_size, len(prompts)))
         noise = sample_noise(how.seed, how.purpose, how.epoch, here, (how.num_inference_steps + 1, *model.latent_shape))

@@ -222,8 +222,7 @@ class _World:
     height:int|None  # pixels; None: the network's own
     width:int|None
     trainable:str
-    rank:int
-    targets:tuple
+    adapter:str  # what `add_lora` is told, as JSON; '': there is none
     precision:str
     fast:bool
     sampler:str
@@ -250,7 +249,7 @@ def _trained(model, world):
     "Frozen weights in the run's precision, the trained ones in float32."
     for part in model.frozen: cast(part, world.dtype)
     if world.trainable == "full": return model.net.requires_grad_(True)
-    with torch.device("meta"): add_lora(cast(model.net, world.dtype), world.rank, target_modules=world.targets)
+    with torch.device("meta"): add_lora(cast(model.net, world.dtype), **json.loads(world.adapter))
 
 def _first_decoding(model, world):
     "In float16 a decoder may turn itself to float32 for good, as SDXL's does."
@@ -436,7 +435,7 @@ class BytesOf:
 
     def decode(self, batch, grad=False):
         "The decoder; grad: there and back, from the pictures to the latents."
-        same = replace(self._world, trainable="", rank=0, targets=(), sampler="")  # the decoder does not care
+        same = replace(self._world, trainable="", adapter="", sampler="")  # the decoder does not care
         return _known((same, "decode", batch, grad), self._most, lambda: _decoding(self._world, batch, grad))
 
     def backward(self, call, made):
@@ -449,8 +448,8 @@ class BytesOf:
 
 # %% ../nbs/09_memory.ipynb #6c101636
 PARTS = (  # from what always lives to what lives for a moment
-    "network weights", "VAE weights", "text encoder weights", "reward model", "adapter", "optimiser state", "gradients",
-    "latents, noise, pictures", "checkpoints", "network activations", "VAE activations", "workspace")
+    "network weights", "VAE weights", "text encoder weights", "reward model", "adapter", "average of weights", "optimiser state",
+    "gradients", "latents, noise, pictures", "checkpoints", "network activations", "VAE activations", "workspace")
 
 @dataclass
 class MemoryPlan:
@@ -512,8 +511,8 @@ def _world(pipe, cfg, resolution, device, attention):
     "What the bytes of this run's calls depend on."
     if attention not in ("sdpa", "math"): raise ValueError(f"attention: 'sdpa' or 'math', got {attention!r}")
     described = json.dumps(architecture(pipe), default=str, sort_keys=True)
-    adapter = (cfg.lora_rank, tuple(cfg.lora_targets)) if cfg.trainable == "lora" else (0, ())
-    return _World(described, *_size(pipe, cfg, resolution), cfg.trainable, *adapter, cfg.mixed_precision, cfg.fast != "off", cfg.sampler,
+    adapter = json.dumps(cfg.formed().adapter()) if cfg.trainable == "lora" else ""
+    return _World(described, *_size(pipe, cfg, resolution), cfg.trainable, adapter, cfg.mixed_precision, cfg.fast != "off", cfg.sampler,
                   _device(pipe, device), attention)
 
 def _changed(call, cfg, changes):
@@ -529,7 +528,9 @@ def _changed(call, cfg, changes):
 def _always(world, cfg, reward_bytes, reward_model):
     "What lives in every phase."
     reward = reward_bytes + (_of(reward_model, 1) if reward_model is not None else 0)
-    return _weights(world)[0] | {"reward model": reward, "optimiser state": _optimiser(world, cfg.use_8bit_adam)[0]}
+    average = _weights(world)[1] if cfg.ema_decay is not None else 0  # a copy of what is trained
+    kept = {"reward model": reward, "average of weights": average, "optimiser state": _optimiser(world, cfg.use_8bit_adam)[0]}
+    return _weights(world)[0] | kept
 
 def _phases(cfg, bytes_of, always):
     "What the method says, on top of what always lives."

@@ -17,7 +17,7 @@ from .mdp import generator_for
 from .pipelines import Cond, Model, guided, lookup
 from .runs import Latest, Run
 from .training import Clock, Job, TrainConfig, counted, drawing_knobs, embed, epochs, evaluation_phase, finish, halves
-from .training import record, report, sample, sampling_phases, tell_if_flat, update, update_phases
+from .training import prompts_of, record, report, sample, sampling_phases, tell_if_flat, update, update_phases
 from .start import Default, settled, setup
 
 # %% ../nbs/07_rwr.ipynb #08adc157
@@ -105,6 +105,8 @@ class RWRConfig(TrainConfig):
         self.need(0 < self.beta < math.inf, "beta", "a finite number greater than 0, an inverse temperature")
         self.need(0 < self.share <= 1, "share", "the best share to keep, in (0, 1]")
         return self
+
+    def total_updates(self): return super().total_updates() * self.num_inner_epochs
 
     def knobs(self, call=7.):
         "What may change without changing the update: pictures drawn and trained on at a time, from the fastest to the leanest."
@@ -224,7 +226,7 @@ def train(
         for epoch in epochs(job):
             # sample and score this process's pictures; all processes know all rewards, and share the pictures that have a weight
             clock, mine = Clock(), list(range(job.rank, cfg.samples_per_epoch, job.world))
-            texts = [job.prompts.sample(cfg.seed, epoch, i) for i in range(cfg.samples_per_epoch)]
+            texts = prompts_of(job, epoch)
             latents, rewards, latest, columns = gather(job, epoch, mine, texts)
             weights, kept = weigh(cfg, rewards, texts)
             tell_if_flat(job, epoch, rewards, bool((rewards == rewards[kept[0]]).all()))

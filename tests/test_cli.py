@@ -218,5 +218,5 @@ def test_doctor(monkeypatch):
 def test_values_by_type():
     given = dict(lora_targets="to_q", height="None", eval_kl="False", eta="1", seed="4", fast="off", eval_rewards="gold,clip_named")
     assert changes_of("ddpo", given) == dict(
-        lora_targets=("to_q",), height=None, eval_kl=False, eta=1., seed=4, fast="off", eval_rewards=("gold", "clip_named"))
+        lora_targets="to_q", height=None, eval_kl=False, eta=1., seed=4, fast="off", eval_rewards=("gold", "clip_named"))
     assert bars([1, float("nan"), 2]).split(" ")[0] == "1"

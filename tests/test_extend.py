@@ -100,7 +100,8 @@ def test_an_advantage(pipe_folder, module, monkeypatch):
     monkeypatch.setitem(ADVANTAGES, "ranks", "ranks:Ranks")
     a, b = (one_epoch(pipe_folder, "jpeg_compressibility", advantages=name) for name in ("ranks", "batch"))
     assert a.reward_mean == b.reward_mean and a.grad_norm > 0 and a.grad_norm != b.grad_norm
-    with pytest.raises(ValueError, match="advantages: 'per_prompt', 'batch' or 'ranks', got 'group'"): small(advantages="group").check()
+    known = "advantages: 'per_prompt', 'batch', 'group' or 'ranks', got 'groups'"
+    with pytest.raises(ValueError, match=known): small(advantages="groups").check()
 
 
 def test_a_reward(pipe_folder, module, monkeypatch):
