@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'PRESETS', 'kept_steps', 'keeping', 'backprop_rollout', 'original', 'one_step_rollout',
-           'renoised_last_step', 'decode_sliced', 'AlignPropConfig', 'preset', 'alignprop_loss',
+           'renoised_last_step', 'decode_sliced', 'AlignPropConfig', 'preset', 'most_kept', 'alignprop_loss',
            'differentiable_pictures', 'finite_score', 'per_picture', 'Skipped', 'step_or_skip', 'means', 'train',
-           'most_kept', 'update_cost']
+           'update_cost']
 
 # %% ../nbs/10_alignprop.ipynb #4664ae4c
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from .mdp import generator_for, policy, predict_original, walk
 from .pipelines import Model, lookup
 from .rewards import NonFiniteReward, RewardError, check_alone, hear_parts, names_of_parts, score
 from .runs import Latest, Run
-from .training import DATA, SHOWN, Clock, Job, TrainConfig, accumulate, counted, drawing_knobs, embed, epochs
+from .training import DATA, SHOWN, TINY, Clock, Job, TrainConfig, accumulate, as_many, counted, drawing_knobs, embed, epochs
 from .training import evaluation_phase, everyone, finish, halves, noise_of, not_finite, part_means, policy_of, prompts_of
 from .training import record, step_weights, stop_if_failed
 from .start import Default, settled, setup
@@ -130,17 +130,17 @@ class AlignPropConfig(TrainConfig):
     method:str = "alignprop"
     samples_per_epoch:int = 32  # pictures, over all processes: the reward queries of an epoch
     updates_per_epoch:int = 2  # optimiser steps; each draws its own samples_per_epoch / updates_per_epoch pictures
-    micro_batch_size:int = 16  # pictures in a graph at a time; speed and memory only, never the update
+    micro_batch_size:int|None = None  # pictures in a graph at a time; speed and memory only, never the update. None: chosen, see `memory_budget_gb`
     learning_rate:float = 1e-3  # AlignProp, TRL
     eta:float = 0.  # AlignProp's paper-era code; its later code and TRL: 1
     max_grad_norm:float = 5.  # AlignProp
     strategy:str = "uniform"  # of `STRATEGIES`: which steps keep their graph
     truncation_k:int = 1  # K of strategy 'last'
     renoise:int = 2  # n of strategy 'draft_lv': noisings of each picture
-    checkpointing:str = "none"  # 'none', or 'step': one more call of the network a kept step for the memory of one
-    stored_steps:int = 0  # with 'step': so many of the last kept steps store their activations all the same
+    checkpointing:str|None = None  # 'none', or 'step': one more call of the network a kept step for the memory of one. None: chosen likewise
+    stored_steps:int|None = None  # with 'step': so many of the last kept steps store their activations all the same. None: chosen likewise
     guidance_grad:str = "both"  # 'both' branches of guidance carry a gradient, or the 'text' one only
-    vae_slicing:int = 0  # pictures decoded at a time, recomputed on the way back; 0: all at once
+    vae_slicing:int|None = None  # pictures decoded at a time, recomputed on the way back; 0: all at once. None: chosen likewise
     loss_coeff:float = 1.  # AlignProp: 0.01; with Adam it matters where the gradient is cut and in half precision
     reward_target:float|None = None  # None: loss -r; a number: |r - target| (AlignProp's aesthetic run: 10)
 
@@ -150,24 +150,24 @@ class AlignPropConfig(TrainConfig):
         self.need(self.method == "alignprop", "method", "'alignprop'")
         self.whole("truncation_k", least=0)
         kept_steps(self.strategy, self.num_inference_steps, torch.Generator(), self.truncation_k)
-        self.one_of("checkpointing", "none", "step")
+        if self.checkpointing is not None: self.one_of("checkpointing", "none", "step")
         self.one_of("guidance_grad", "both", "text")
         self.whole("renoise")
         self.positive("loss_coeff")
         self.finite("loss_coeff", "reward_target")
-        self.whole("stored_steps", "vae_slicing", least=0)
+        self.whole(*(k for k in ("stored_steps", "vae_slicing") if getattr(self, k) is not None), least=0)
         return self
 
     @property
     def stored(self): return None if self.checkpointing == "none" else self.stored_steps  # for `keeping`
     def knobs(self, call=7.): return _knobs(self, call)  # see `update_cost`
+    def usual(self, area=TINY): return super().usual(area) | _usual(self, area)
     def phases(self, bytes_of): return _phases(self, bytes_of)
 
 # %% ../nbs/10_alignprop.ipynb #89431d98
 _PAPER = dict(
     trainable="lora", lora_rank=4, mixed_precision="fp16", samples_per_epoch=256, updates_per_epoch=2, num_inference_steps=50,
-    guidance_scale=7.5, eta=0., learning_rate=1e-3, adam_weight_decay=0.1, max_grad_norm=5., loss_coeff=0.01, strategy="uniform",
-    checkpointing="step")
+    guidance_scale=7.5, eta=0., learning_rate=1e-3, adam_weight_decay=0.1, max_grad_norm=5., loss_coeff=0.01, strategy="uniform")
 # SD 1.5. mihirp1998/AlignProp, commit 7f4503f (config/align_prop.py): batch 128, 256 pictures an epoch, 7 epochs, 0.01 |r - 10|.
 # The paper draws one K an update; that code redraws at every step: strategy="per_step"
 _AESTHETIC = dict(_PAPER, num_epochs=7, reward_target=10.)
@@ -190,7 +190,7 @@ PRESETS = {
     "trl": dict(
         trainable="lora", lora_rank=4, mixed_precision="fp16", num_epochs=100, samples_per_epoch=1, updates_per_epoch=1,
         num_inference_steps=50, guidance_scale=5., eta=1., learning_rate=1e-3, adam_weight_decay=1e-4, max_grad_norm=1.,
-        strategy="per_step", checkpointing="step"),
+        strategy="per_step"),
 }
 
 def preset(
@@ -201,6 +201,17 @@ def preset(
     return AlignPropConfig(**{**lookup(PRESETS, name, "preset"), **changes})
 
 # %% ../nbs/10_alignprop.ipynb #c4d4887e
+def most_kept(
+    cfg,  # AlignPropConfig
+) -> int:
+    "The most steps that can carry a graph at once: a plan is for the worst update."
+    return {"last": cfg.truncation_k, "draft_lv": 1, "refl": 1}.get(cfg.strategy, cfg.num_inference_steps)
+
+def _usual(cfg, area):
+    "A graph of a few latents, whose steps are computed again where they are many."
+    many = most_kept(cfg) * area > 16 * TINY
+    return dict(micro_batch_size=as_many(16, area), checkpointing="step" if many else "none", stored_steps=0, vae_slicing=0)
+
 def alignprop_loss(
     rewards:Tensor,  # (B,) with a graph
     coeff:float=1.,
@@ -314,7 +325,7 @@ def train(
     cfg, skipped = settled(cfg, AlignPropConfig, out, resume, override), Skipped()
     size = cfg.samples_per_epoch // cfg.updates_per_epoch
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, live, needs_gradient=True, skipped=skipped) as job:
-        names = list(names_of_parts(job.reward).values())
+        cfg, names = job.cfg, list(names_of_parts(job.reward).values())  # nothing is open any more
         for epoch in epochs(job):
             clock, texts = Clock(sample_s=0., reward_s=0.), prompts_of(job, epoch)
             rewards, parts, shown, updates, kept_count = {}, {name: {} for name in names}, [], [], []  # rewards by the picture's index
@@ -353,12 +364,6 @@ def train(
     return job.run
 
 # %% ../nbs/10_alignprop.ipynb #a3e2cb5e
-def most_kept(
-    cfg,  # AlignPropConfig
-) -> int:
-    "The most steps that can carry a graph at once: a plan is for the worst update."
-    return {"last": cfg.truncation_k, "draft_lv": 1, "refl": 1}.get(cfg.strategy, cfg.num_inference_steps)
-
 @dataclass(frozen=True)
 class _Chain:
     "The kept steps of an update, in bytes: K of them, the last `stored` with their activations, the others with their latents."

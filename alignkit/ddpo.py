@@ -145,7 +145,7 @@ class DDPOConfig(TrainConfig):
     updates_per_epoch:int = 8  # optimiser steps an inner epoch; each uses samples_per_epoch / updates_per_epoch pictures
     num_inner_epochs:int = 1  # passes over an epoch's samples (ddpo-pytorch: 1)
     timestep_fraction:float = 1.  # share of each trajectory's steps that is trained on (ddpo-pytorch: 1)
-    micro_batch_size:int = 64  # (picture, timestep) pairs a forward; speed and memory only, never the update
+    micro_batch_size:int|None = None  # (picture, timestep) pairs a forward; speed and memory only, never the update. None: chosen, see `memory_budget_gb`
     clip_range:float = 2e-3  # PPO half-width; ddpo-pytorch, TRL: 1e-4
     adv_clip_max:float = 5.  # ddpo-pytorch, TRL: 5; the JAX code: 10
     log_prob_reduction:str = "mean"  # 'mean' as the references, or 'sum'; the KL of kl_weight is reduced likewise
@@ -352,6 +352,7 @@ def train(
     cfg = settled(cfg, DDPOConfig, out, resume, override)
     stats = lookup(ADVANTAGES, cfg.advantages, "advantages")(cfg)
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, live, needs_density=True, stats=stats) as job:
+        cfg = job.cfg  # nothing is open any more
         for epoch in epochs(job):
             # sample and score this process's pictures; all know all rewards, so all hold the same statistics
             groups, clock = update_groups(cfg, epoch, job.rank, job.world), Clock()

@@ -222,6 +222,7 @@ def train(
     "Reward-weighted regression from start to end: sample, score, weigh, regress, record."
     cfg = settled(cfg, RWRConfig, out, resume, override)
     with setup(cfg, pipe, reward, prompts, out, resume, callbacks, override, live) as job:
+        cfg = job.cfg  # nothing is open any more
         T = job.model.scheduler.config.num_train_timesteps
         for epoch in epochs(job):
             # sample and score this process's pictures; all processes know all rewards, and share the pictures that have a weight

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
-import hashlib, inspect, json, os, shutil, textwrap, warnings
+import hashlib, inspect, json, math, os, shutil, textwrap, warnings
 import torch
 from .compat import forget_accelerator, plain_name, unwrap_forward
 from .fast import fast, products
@@ -18,6 +18,7 @@ from .folder import FREE, RunFolder, check_config, checkpoints, locked, plain, r
 from .judges import warn_of_emoji_judges
 from .live import dashboard
 from .mdp import check_negative, ddim_mean_std, generator_for, get_sampler, led_away, with_density
+from .memory import MARGIN, NothingFits, fit, free_gb
 from .pipelines import ADAPTABLE, ATTENTION, WEIGHTS, Model, adapted_encoders, add_lora, cast, check_fit, check_names
 from .pipelines import check_not_fused, load, lora_form, lora_sha256, modules_of, named, open_model, pattern_fits, pixels, put_lora
 from .pipelines import read_lora, save_lora, tell_cut
@@ -199,6 +200,7 @@ def _recorded(folder, kind):
     "A run's own settings, as a config of today."
     saved = kind().renamed(folder.config())
     named = {f.name: saved[f.name] for f in fields(kind) if f.name in saved}
+    named |= dict.fromkeys(saved.get("left_open", ()))  # they may be chosen anew
     cfg = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in named.items()})
     try: return cfg.check()
     except ValueError as e: raise ValueError(f"resume: the run in {folder.path} has other settings than a {kind.__name__}: {e}") from e
@@ -324,7 +326,7 @@ def _resumable(folder, config, cfg, override):
     at_a_time = {name for way in cfg.knobs() for name in way}
     older = {f.name: f.default for f in fields(cfg)} | {k: config[k] for k in ("prompts_sha256", "eval_prompts_sha256")}
     saved = cfg.renamed(folder.config())
-    seen = ("products", "weights_sha256", "scheduler", "reward_sha256", *(["pipe"] if saved.get("weights_sha256") else []))  # looked at elsewhere
+    seen = ("left_open", "products", "weights_sha256", "scheduler", "reward_sha256", *(["pipe"] if saved.get("weights_sha256") else []))  # looked at elsewhere
     changed = [*override, *(["eval_prompts_sha256"] if "eval_prompts" in override else [])]
     check_config(folder, config, (*FREE, *seen, *at_a_time, *changed), older, saved)
     _tell_schedule(cfg, saved)
@@ -424,6 +426,43 @@ def _prepared(stack, cfg, model, accelerator, chosen, initial):
     if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats(accelerator.device)
     return dtype, params, net.eval(), optimizer
 
+# %% ../nbs/06i_start.ipynb #06f10002
+def _networks_bytes(cfg, rewards, model, device):
+    "What the networks of rewards still need on the device, beside the pipeline."
+    if cfg.reward_memory_gb is not None: return int(1e9 * cfg.reward_memory_gb)
+    ours = tuple(part for network in modules_of(model.pipe) for part in network.modules())
+    weights = {id(p): p for network in networks_of(*rewards, but=ours) for p in network.parameters()}
+    return sum(p.nbytes for p in weights.values() if p.device.type != device.type)
+
+def _budget(cfg, model, accelerator):
+    "In 10^9 bytes, of the process that has least; None: nothing is chosen by memory."
+    if cfg.memory_budget_gb != "auto": return cfg.memory_budget_gb
+    if accelerator.device.type != "cuda": return None
+    from accelerate.utils import gather_object
+    return MARGIN * min(gather_object([free_gb(model, "cuda")]))
+
+def _fastest(cfg, known, usual, model, budget, rewards, accelerator):
+    "The settings that are left open: as they were before, where that fits, or else the fastest that do."
+    first = {k: getattr(usual, k) for k in usual.usual()} if known else None
+    keep, more = tuple(k for k in cfg.usual() if getattr(cfg, k) is not None), _networks_bytes(cfg, rewards, model, accelerator.device)
+    how = dict(processes=accelerator.num_processes, keep=keep, first=first, reward_bytes=more, progress=cfg.progress)
+    try: return fit(model, cfg, budget, **how)
+    except NothingFits as e: raise NothingFits(f"memory_{e}; with memory_budget_gb=None it is tried all the same") from e
+    except Exception as e:
+        warnings.warn(f"memory_budget_gb: this run cannot be planned ({type(e).__name__}: {e}), so a fixed size is taken")
+        return usual
+
+def _at_a_time(cfg, model, rewards, saved, accelerator):
+    "The config with nothing open, and which settings of speed and memory were: those of an earlier part, what fits, or a fixed size."
+    left_open = [k for k in cfg.usual() if getattr(cfg, k) is None]
+    before = {k: saved[k] for k in left_open if saved.get(k) is not None}
+    usual = replace(cfg, **before).sized(math.prod(model.latent_shape[-2:]))
+    budget = _budget(cfg, model, accelerator) if left_open else None
+    if budget is None or len(cfg.knobs()) < 2: return usual, left_open
+    best = _by_main(accelerator, lambda: _fastest(cfg, len(before) == len(left_open), usual, model, budget, rewards, accelerator))
+    if accelerator.is_main_process: print(f"what fits in {budget:.3g} GB: {', '.join(f'{k}={getattr(best, k)!r}' for k in left_open)}")
+    return replace(cfg, **{k: getattr(best, k) for k in left_open}), left_open
+
 # %% ../nbs/06i_start.ipynb #74d2f6b8
 def _checked(cfg, pipe, reward, prompts, out, resume, callbacks, override, needs_gradient):
     "What is known before the model is read, checked: arguments, folder, config."
@@ -459,6 +498,8 @@ def _make(stack, cfg, pipe, reward, prompts, out, resume, callbacks, override, n
     _refuse_network(cfg, model.net)
     reward, prompts, _, judges, _ = sources
     warn_of_emoji_judges([reward.name, *(r.name for r in judges)], model.pipe, prompts.texts or ())
+    cfg, left_open = _at_a_time(cfg, model, [reward, *judges], saved, accelerator)
+    config |= {k: getattr(cfg, k) for k in left_open} | dict(left_open=left_open)
     config |= _by_main(accelerator, lambda: _identity(model, cfg, folder, saved))
     config["products"] = chosen = _products(cfg, model, saved, accelerator)
     if folder: _enter_folder(stack, folder, going_on, config, prompts, accelerator)

@@ -220,7 +220,7 @@ def test_every_preset_on_the_real_architecture(module):
 
 # fit ---------------------------------------------------------------------------------------------------------------------------------
 
-def ways_of(cfg): return [replace(cfg, **way) for way in cfg.knobs()]
+def ways_of(cfg): return [replace(cfg, **way).sized() for way in cfg.knobs()]
 
 
 def least_of(cfg):
@@ -243,15 +243,20 @@ def test_fit_takes_the_fastest_that_fits(cfg):
         assert fit("tiny", cfg, budget / 1e9) == next(c for c, peak in zip(ways, peaks) if peak <= budget)
 
 
-def test_fit_measures_few_calls():
-    "A way is given up at the first of its calls that cannot fit, so a tight budget does not measure all that a large batch would do."
+def test_fit_runs_few_calls(monkeypatch):
+    "A way is given up at the first of its calls that cannot fit, and of each kind few are run: those that tell others, and a single row."
     cfg = DDPOConfig(samples_per_epoch=64, updates_per_epoch=1, num_inference_steps=4, timestep_fraction=0.3, lora_rank=3)
-    peak = plan("tiny", replace(cfg, sample_batch_size=1, micro_batch_size=64)).peak_gb
-    memory._FOUND.clear()
+    peak, ran = plan("tiny", replace(cfg, sample_batch_size=1, micro_batch_size=64)).peak_gb, []
+    def counted(name):
+        original = getattr(memory, name)
+        monkeypatch.setattr(memory, name, lambda *args, **kwargs: (ran.append((name, args)), original(*args, **kwargs))[1])
+    for name in ("_call", "_decoding"): counted(name)
+    for known in (memory._RUNS, memory._BYTES): known.clear()
     best = fit("tiny", cfg, peak)
     assert best.micro_batch_size == 64 and best.sample_batch_size > 1
-    losses = [key for key in memory._FOUND if key[1] == "loss"]
-    assert len(losses) == 1, losses
+    assert len(ran) <= 9, ran  # of the loss, of drawing and of decoding 63, 64 and perhaps another
+    with pytest.raises(memory.NothingFits): fit("tiny", cfg, 0.001)
+    assert len(ran) <= 18, ran  # 2 rows and 1 of each, and a loss that adds to gradients is a kind of its own
 
 
 def test_fit_with_a_real_config():
