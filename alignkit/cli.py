@@ -500,17 +500,25 @@ def _settings(method: Annotated[str, typer.Argument(help="ddpo, rwr or alignprop
 # %% ../nbs/14_cli.ipynb #99996b2a
 Many = Annotated[Optional[list[str]], typer.Argument(help="Runs, LoRA folders or files, pipelines; none: the base model alone.")]
 
+def _configs(subjects):
+    "Of the runs among these."
+    from alignkit.folder import RunFolder
+    return [RunFolder(s).config() for s in subjects if (Path(s) / "config.json").is_file()]
+
 def _pipe_of(*subjects):
     "The base model that runs among these were made with."
-    from alignkit.folder import RunFolder
-    named = [RunFolder(s).config()["pipe"] for s in subjects if (Path(s) / "config.json").is_file()]
-    return next(iter(named), "tiny")
+    return next((config["pipe"] for config in _configs(subjects)), "tiny")
+
+def _rewards_of(subjects):
+    "What the runs among these were trained on and judged by; of none, three rewards of the embedded model."
+    known = dict.fromkeys(name for config in _configs(subjects) for name in (config["reward"], *config.get("eval_rewards", ())))
+    return list(known) or ["tiny_aesthetic", "gold", "clip_named"]
 
 @command
 def evaluate(
     subjects: Many = None, pipe: Pipe = None,
-    reward: Annotated[list[str], typer.Option(help="May be repeated.")] = ["tiny_aesthetic", "gold", "clip_named"],
-    prompts: Annotated[list[str], typer.Option(help="Held-out: a name, a file, or prompts themselves.")] = ["heldout_animals"],
+    reward: Annotated[Optional[list[str]], typer.Option(help="May be repeated; else those of the runs.")] = None,
+    prompts: Annotated[Optional[list[str]], typer.Option(help="Held-out: as for train; else those of the first run.")] = None,
     pictures: Annotated[int, typer.Option(help="Of each subject.")] = 48,
     clip: Annotated[str, typer.Option(help="CLIP for the diversity: 'tiny', a folder or a hub id.")] = "tiny",
     diversity: Annotated[bool, typer.Option(help="How different the pictures are, in CLIP's space.")] = True,
@@ -521,8 +529,8 @@ def evaluate(
     "Base model and trained ones on the same held-out noise. Means with intervals, and changes paired by noise."
     from alignkit.evaluate import evaluate, readable
     how = {k: v for k, v in dict(num_inference_steps=steps, guidance_scale=guidance_scale).items() if v is not None}
-    rewards = tuple(map(reward_of, reward))
-    table = evaluate(list(subjects or ()), prompts_of(prompts), rewards, pictures, pipe=pipe, diversity=diversity, clip=clip, **how)
+    rewards, shown = tuple(map(reward_of, reward or _rewards_of(subjects or ()))), prompts_of(prompts) if prompts else None
+    table = evaluate(list(subjects or ()), shown, rewards, pictures, pipe=pipe, diversity=diversity, clip=clip, **how)
     print(readable(table).to_string())
     if subjects: print(f"\nchange from the base model, paired by noise\n{readable(table, change=True).to_string()}")
     if out: table.to_csv(out, index=False)
@@ -535,11 +543,9 @@ def mix(
     out: Annotated[Path, typer.Option(help="Folder of the mixed LoRA.")], pipe: Pipe = None,
 ):
     "Add two adapters and save the sum as one LoRA. (1 - coefficient) and coefficient times what each adds to the weights."
-    from alignkit.evaluate import mix
-    from alignkit.pipelines import open_model, save_lora
-    mixed = mix(a, b, coefficient, pipe or _pipe_of(a, b))
-    save_lora(open_model(mixed).net, out, mixed)
-    print(f"{out}: pipe.load_lora_weights reads it")
+    from alignkit.evaluate import save_mix
+    save_mix(a, b, coefficient, out, pipe or _pipe_of(a, b))
+    print(f"{out}: pipe.load_lora_weights reads it; README.md says what it was made of")
 
 # %% ../nbs/14_cli.ipynb #4d1c7a90
 Recorded = Annotated[Path, typer.Argument(help="The folder of a run.")]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMS', 'FINAL', 'leave_one_out', 'leave_one_out_pairs', 'interval', 'share_interval', 'measure', 'rows_of',
-           'readable', 'mount', 'mix_adapters', 'plot_path', 'read_adapter', 'mix', 'how_of', 'each', 'evaluate',
-           'side_by_side', 'mixing_path']
+           'readable', 'mount', 'mix_adapters', 'plot_path', 'read_adapter', 'mix', 'save_mix', 'how_of', 'each',
+           'exam_of', 'evaluate', 'side_by_side', 'mixing_path']
 
 # %% ../nbs/11_evaluate.ipynb #1c966179
 from contextlib import closing
@@ -18,14 +18,16 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from .card import describe_mixture, looked_at
 from .clip_rewards import ClipJudge, crop_pixels, read_clip
 from .folder import RunFolder, image_grid
 from .judges import drift, repeated, warn_of_emoji_judges
 from .mdp import Drawing, draw
-from .pipelines import PIPELINES, WEIGHTS, Model, add_lora, check_fit, drop_adapters, load, open_model, read_lora, without_adapters
+from .pipelines import PIPELINES, WEIGHTS, Model, add_lora, check_fit, drop_adapters, load, open_model, read_lora, save_lora
+from .pipelines import without_adapters
 from .prompts import get_prompts
 from .rewards import get_rewards, score
-from .runs import Run
+from .runs import Run, read_run
 from .training import drawing
 
 # %% ../nbs/11_evaluate.ipynb #18ea3529
@@ -264,6 +266,16 @@ def mix(
     mount(open_model(pipe), mix_adapters(read_adapter(a), read_adapter(b), coefficient))
     return pipe
 
+def save_mix(
+    a, b, coefficient:float,  # as for `mix`; folders, files or 'base'
+    folder:str|Path,  # gets the mixed LoRA and its card
+    pipe="tiny",  # as for `mix`
+):
+    "Mix, and write the adapter with a card of what it was made of; diffusers' `load_lora_weights(folder)` reads it."
+    net = open_model(mix(a, b, coefficient, pipe)).net
+    save_lora(net, folder)
+    describe_mixture(folder, {str(a): 1 - coefficient, str(b): coefficient}, pipe)
+
 # %% ../nbs/11_evaluate.ipynb #0a86062f
 def _name(subject):
     if isinstance(subject, Run): return subject.folder.path.name if subject.folder else subject.config.get("method", "run")
@@ -378,6 +390,18 @@ def each(
             with without_adapters(base.net): yield n, models[n], base
 
 # %% ../nbs/11_evaluate.ipynb #d396b506
+def exam_of(
+    subjects:dict,  # name -> subject
+):  # prompts, for `get_prompts`
+    "What the first run among the subjects is looked at with: its eval_prompts, which are its own prompts where it was given such."
+    for name, subject in subjects.items():
+        if not (config := _config_of(subject)).get("method"): continue
+        if isinstance(config.get("eval_prompts"), str): return config["eval_prompts"]
+        texts = looked_at(subject if isinstance(subject, Run) else read_run(subject))
+        if texts is None: raise ValueError(f"prompts: those of {name!r} cannot be had any more; give some")
+        return [str(t) for t in texts]
+    return "heldout_animals"
+
 def _texts(prompts, num_samples):
     "name -> one prompt a picture."
     sets = prompts if isinstance(prompts, dict) else {(p := get_prompts(prompts)).name: p}
@@ -400,7 +424,7 @@ def _warn(what, clip, base, texts):
 # %% ../nbs/11_evaluate.ipynb #599012e4
 def evaluate(
     subjects,  # a pipeline, a `Run`, a LoRA folder, a run folder, or several: a list, or a dict name -> subject
-    prompts="heldout_animals",  # held-out: a name, a file or a list (see `get_prompts`), or a dict name -> such, for instance `EXAMS`
+    prompts=None,  # held-out: a name, a file or a list (see `get_prompts`), or a dict name -> such, for instance `EXAMS`; None: see `exam_of`
     rewards=("tiny_aesthetic", "gold", "clip_named"),  # names or callables, trained on or not
     num_samples:int=48,  # pictures of each subject and prompt set, prompts in order and repeated
     how:Drawing|None=None,  # the same for all subjects; None: as the first run among them draws its evaluations, else `FINAL`
@@ -413,7 +437,8 @@ def evaluate(
 ) -> pd.DataFrame:  # subject, prompts, measure, n, mean, low, high, and the paired change from the base model with its interval
     "The same prompts and noise for the base model and every subject; several rewards, diversity and drift, with intervals."
     subjects = _named(subjects)
-    texts, how, what = _texts(prompts, num_samples), how_of(subjects, how, changes), _measuring(rewards, diversity, clip, with_drift)
+    texts = _texts(exam_of(subjects) if prompts is None else prompts, num_samples)
+    how, what = how_of(subjects, how, changes), _measuring(rewards, diversity, clip, with_drift)
     rows, against = [], {}
     with closing(each(subjects, pipe, how)) as models:
         for name, model, reference in models:

@@ -147,6 +147,7 @@ def test_what_is_mixed_is_read_by_diffusers(pipe_folder, here):
     "Half of an adapter, as diffusers draws it with a scale of one half."
     ask("train", "ddpo", "--pipe", pipe_folder, FEW, "--set", "num_epochs=1", "--set", "learning_rate=0.05", "--out", "run")
     ask("mix", "base", "run", "0.5", "--pipe", pipe_folder, "--out", "half")
+    assert "| `run` | 0.5 | a run of 1 epochs: `ddpo_is`" in (here / "half" / "README.md").read_text(encoding="utf-8")
     def picture(adapter, scale):
         pipe = StableDiffusionPipeline.from_pretrained(pipe_folder, safety_checker=None)
         pipe.set_progress_bar_config(disable=True)
@@ -220,3 +221,13 @@ def test_values_by_type():
     assert changes_of("ddpo", given) == dict(
         lora_targets="to_q", height=None, eval_kl=False, eta=1., seed=4, fast="off", eval_rewards=("gold", "clip_named"))
     assert bars([1, float("nan"), 2]).split(" ")[0] == "1"
+
+
+def test_a_run_on_own_prompts_is_evaluated_on_them(pipe_folder, here):
+    "By its own reward and judges, unless others are asked for; without a run, on held-out animals."
+    few = [*FEW, "--set", "num_epochs=1", "--set", "eval_every=1", "--set", "eval_samples=2"]
+    ask("train", "ddpo", "--pipe", pipe_folder, "--reward", "mine.py:redness", "--prompts", "mine.csv", few, "--out", "run")
+    told = ask("evaluate", "run", "--pictures", "2", "--no-diversity")
+    assert "mine.py:redness" in told and "heldout_animals" not in told and "gold" not in told
+    other = ask("evaluate", "run", "--pictures", "2", "--no-diversity", "--reward", "jpeg_soft", "--prompts", "heldout_animals")
+    assert "heldout_animals" in other and "jpeg_soft" in other and "redness" not in other
