@@ -385,8 +385,10 @@ def show(
 ):
     "History, curves and pictures of a run."
     from alignkit.runs import read_run
+    from alignkit.trouble import diagnose
     recorded = read_run(run)
     print(_told(recorded, rows))
+    print("".join(f"\n{finding}\n" for finding in diagnose(recorded)), end="")
     if html is None: return
     html.write_text(page_of(recorded), encoding="utf-8")
     print(f"\n{html}")

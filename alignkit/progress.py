@@ -51,7 +51,7 @@ def _epochs_in_words(meter, now):
     if meter.here and meter.done < meter.total:
         left = (meter.total - meter.done) * each - (now - meter.last)
         said += [f"{duration(each)} an epoch", f"{duration(max(left, 0.))} left"]
-    elif meter.here: said += [f"{meter.here} epochs in {duration(meter.last - meter.began)}"]
+    elif meter.here: said += [f"{meter.here} epoch{'s' * (meter.here > 1)} in {duration(meter.last - meter.began)}"]
     return ", ".join(said)
 
 def _part_in_words(meter, now):

@@ -547,12 +547,12 @@ def _watch(stack, job):
 def _begin(stack, job, saved):
     "Look at the untrained model; take up a run where its newest whole checkpoint left it. Then those who watch know where it goes on."
     if not saved: _watch(stack, job)
-    if job.cfg.eval_every:
-        job.run.eval_base.update(_look_at_base(job, saved))
-        job.meter.say(f"held-out {job.run.eval_base['eval_reward_mean']:.4g}")
+    if job.cfg.eval_every: job.run.eval_base.update(_look_at_base(job, saved))
     if saved:
         _take_up(job)
         _watch(stack, job)
+        job.meter.begin(job.now.epoch)
+    if job.cfg.eval_every: job.meter.say(f"held-out {job.run.eval_base['eval_reward_mean']:.4g}")
     job.trackers.begin(job.run)
 
 # %% ../nbs/06i_start.ipynb #a1c6d8e3
