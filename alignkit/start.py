@@ -323,7 +323,7 @@ def _tell_schedule(cfg, saved):
 
 def _resumable(folder, config, cfg, override):
     "A run goes on with its own settings, but for those that change no number of an epoch beyond rounding, and those that are overridden."
-    at_a_time = {name for way in cfg.knobs() for name in way}
+    at_a_time = {*cfg.usual(), *(name for way in cfg.knobs() for name in way)}
     older = {f.name: f.default for f in fields(cfg)} | {k: config[k] for k in ("prompts_sha256", "eval_prompts_sha256")}
     saved = cfg.renamed(folder.config())
     seen = ("left_open", "products", "weights_sha256", "scheduler", "reward_sha256", *(["pipe"] if saved.get("weights_sha256") else []))  # looked at elsewhere

@@ -223,8 +223,8 @@ def test_metadata_reaches_every_judge(pipe_folder, tmp_path):
 
 def test_a_record_without_these_settings_goes_on(pipe_folder, tmp_path):
     "They stand for their defaults; another value is refused, or recorded as a change where it may be overridden."
-    from alignkit.training import SteerConfig, SampleConfig
-    new = [k for k in (*SteerConfig.__dataclass_fields__, "kl_weight") if k not in SampleConfig.__dataclass_fields__]
+    from alignkit.training import SizeConfig, SteerConfig
+    new = [k for k in (*SteerConfig.__dataclass_fields__, "kl_weight") if k not in SizeConfig.__dataclass_fields__]
     assert len(new) == 9
     go(pipe_folder, tmp_path / "run", num_epochs=2)
     file = tmp_path / "run" / "config.json"
