@@ -15,8 +15,9 @@ RULES = tomllib.loads((data_dir() / "claims.toml").read_text(encoding="utf-8"))
 CLAIMS, RUNS, MEASURES = RULES["claim"], {r["id"]: r for r in RULES["run"]}, {m["id"]: m for m in RULES["measure"]}
 FIELDS = "number id says source checked compares budget runs refuted_by looked_at_before looked where test".split()
 RUN_FIELDS = {*"id task reward method seeds before again settings watching alone after needs chosen seconds".split()}
-WATCHING = {*("eval_every eval_samples eval_prompts eval_guidance_scale eval_rewards eval_kl save_every keep_checkpoints progress trackers fast "
-              "early_stop early_stop_drop early_stop_patience").split()}  # change no picture that is trained on
+_WATCHING = ("eval_every eval_samples eval_prompts eval_guidance_scale eval_rewards eval_kl early_stop early_stop_drop early_stop_patience "
+             "save_every keep_checkpoints progress trackers fast")
+WATCHING = set(_WATCHING.split())  # change no picture that is trained on
 FASTER = {"sample_batch_size", "micro_batch_size"}  # neither do these
 
 
@@ -125,6 +126,16 @@ def test_two_sides_of_a_test_have_seeds_in_common():
     for c, t in TESTS:
         seeds = [set(t.get("seeds") or RUNS[n]["seeds"]) for n in [*t.get("a", []), *t.get("b", [])]]
         if seeds: assert len(set.intersection(*seeds)) >= (2 if t.get("decides", True) is False else 3), f"{c['id']}, {t['id']}"
+
+
+def test_what_is_measured_after_a_run_is_measured_on_these_seeds():
+    after = dict(exam="exams", picture="pictures", style="pictures", halves="halves", path="mixing", fooled="witness")
+    for c, t in TESTS:
+        for name in [*t.get("a", []), *t.get("control", [])] if t["statistic"] in after else []:
+            run = RUNS[name]
+            assert after[t["statistic"]] in run.get("after", []), f"{c['id']}, {t['id']}: {name} keeps no {after[t['statistic']]}"
+            kept = set(run["seeds"]) - set(run["before"]) | set(run.get("again", []))
+            assert set(t.get("seeds", run["seeds"])) <= kept, f"{c['id']}, {t['id']}: {name} is not made again for all of its seeds"
 
 
 def test_thresholds_are_in_order():
