@@ -558,9 +558,10 @@ def _plot(shown, peak, ax):
 
 # %% ../nbs/06f_plan.ipynb #1ddfb41d
 def _size(pipe, cfg, resolution):
-    "Height and width in pixels: as asked, as a `Model` was opened, as cfg says, or None, the network's own."
+    "Height and width in pixels: as asked, as cfg says, as a `Model` was opened, or None, the network's own."
     if resolution is not None: return resolution if isinstance(resolution, (tuple, list)) else (resolution, resolution)
-    return pixels(pipe) if isinstance(pipe, Model) else (cfg.height, cfg.width)
+    opened = pixels(pipe) if isinstance(pipe, Model) else (None, None)
+    return cfg.height or opened[0], cfg.width or opened[1]
 
 def _device(pipe, device):
     pipe = pipe.pipe if isinstance(pipe, Model) else pipe

@@ -7,6 +7,7 @@ from alignkit import ddpo, memory
 from alignkit.alignprop import AlignPropConfig
 from alignkit.ddpo import DDPOConfig
 from alignkit.memory import fit, plan
+from alignkit.pipelines import open_model
 from alignkit.rwr import RWRConfig
 
 OPEN = ("sample_batch_size", "micro_batch_size")
@@ -125,3 +126,14 @@ def test_a_plan_is_under_way_and_says_so(monkeypatch, capfd):
     monkeypatch.setattr(memory, "_bars", lambda: True)
     drawn = asked(progress=True).err
     assert "\r" in drawn and "counting a loss of 2 rows" in drawn and drawn.endswith(" \r")  # it is taken away at the end
+
+
+def test_a_model_is_planned_for_the_size_of_the_run():
+    "As `train` draws it: the config's size, where it has one, over that for which the Model was opened."
+    cfg = DDPOConfig(sample_batch_size=8, micro_batch_size=8)
+    own, wide = open_model("tiny"), open_model("tiny", 96, 64)
+    def peak(pipe, **size): return plan(pipe, replace(cfg, **size)).peak_gb
+    asked = peak("tiny", height=96, width=64)
+    assert asked > peak("tiny")
+    assert peak(own, height=96, width=64) == peak(own.pipe, height=96, width=64) == peak(wide) == peak(wide, height=96) == asked
+    assert peak(wide, height=64, width=64) == peak(own) == peak("tiny")
