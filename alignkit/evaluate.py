@@ -402,8 +402,9 @@ def exam_of(
         return [str(t) for t in texts]
     return "heldout_animals"
 
-def _texts(prompts, num_samples):
+def _texts(prompts, num_samples, subjects):
     "name -> one prompt a picture."
+    if prompts is None: prompts = exam_of(subjects)
     sets = prompts if isinstance(prompts, dict) else {(p := get_prompts(prompts)).name: p}
     sets = {name: get_prompts(p) for name, p in sets.items()}
     bad = [n for n, p in sets.items() if p.texts is None]
@@ -437,7 +438,7 @@ def evaluate(
 ) -> pd.DataFrame:  # subject, prompts, measure, n, mean, low, high, and the paired change from the base model with its interval
     "The same prompts and noise for the base model and every subject; several rewards, diversity and drift, with intervals."
     subjects = _named(subjects)
-    texts = _texts(exam_of(subjects) if prompts is None else prompts, num_samples)
+    texts = _texts(prompts, num_samples, subjects)
     how, what = how_of(subjects, how, changes), _measuring(rewards, diversity, clip, with_drift)
     rows, against = [], {}
     with closing(each(subjects, pipe, how)) as models:
@@ -479,7 +480,7 @@ def _page(rows, heads, width):
 # %% ../nbs/11_evaluate.ipynb #c2028464
 def side_by_side(
     subjects,  # as for `evaluate`; 'base' is added
-    prompts="heldout_animals",  # as for `get_prompts`
+    prompts=None,  # as for `evaluate`
     num_samples:int=6,  # pictures of each subject, prompts in order and repeated
     how:Drawing|None=None, pipe=None,  # as for `evaluate`, whose first pictures these are
     width:int=96,  # pixels of a picture on the page
@@ -487,7 +488,7 @@ def side_by_side(
 ) -> Image.Image:
     "A row a subject, a column a prompt: the same prompts and noise from top to bottom."
     subjects = _named(subjects)
-    texts, how = next(iter(_texts(prompts, max(2, num_samples)).values()))[:num_samples], how_of(subjects, how, changes)
+    texts, how = next(iter(_texts(prompts, max(2, num_samples), subjects).values()))[:num_samples], how_of(subjects, how, changes)
     with closing(each(subjects, pipe, how)) as models:
         rows = {name: image_grid(draw(model, texts, how), len(texts)) for name, model, _ in models}
     return _page(rows, texts, width)
@@ -496,7 +497,7 @@ def side_by_side(
 def mixing_path(
     a, b,  # as for `mix`
     coefficients=(0., 0.25, 0.5, 0.75, 1.),  # of b, see `mix`
-    prompts="heldout_animals", rewards=("tiny_aesthetic", "gold", "clip_named"), num_samples:int=48, how:Drawing|None=None, pipe=None,  # as for `evaluate`
+    prompts=None, rewards=("tiny_aesthetic", "gold", "clip_named"), num_samples:int=48, how:Drawing|None=None, pipe=None,  # as for `evaluate`
     diversity:bool=True, with_drift:bool=True, confidence:float=0.95, clip="tiny",  # as for `evaluate`
     **changes,  # fields of `how` to set otherwise
 ) -> pd.DataFrame:  # a row a coefficient and measure: coefficient, prompts, measure, n, mean, low, high, change (from the base model), ...
@@ -505,7 +506,7 @@ def mixing_path(
     how, what = how_of(ends, how, changes), _measuring(rewards, diversity, clip, with_drift)
     base = _base_of(ends, {n: w for n, s in ends.items() if (w := _as_model(s, how)) is not None}, pipe, how)
     a, b = (check_fit(base, read_adapter(s), n) for s, n in ((a, "a"), (b, "b")))
-    rows, texts = [], _texts(prompts, num_samples)
+    rows, texts = [], _texts(prompts, num_samples, ends)
     _warn(what, clip, base, texts)
     with without_adapters(base.net):
         for exam, t in texts.items():
