@@ -145,6 +145,7 @@ def _ask(url, body, timeout):
     if not isinstance(told, dict): raise BadAnswer(f"{url} answered {str(told)[:60]!r} in the place of an object")
     return status, told
 
+# %% ../nbs/05h_remote.ipynb #5743e2d2
 def _number(r): return isinstance(r, (int, float)) and not isinstance(r, bool)
 
 def _rewards(url, body, n, timeout):
