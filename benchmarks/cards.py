@@ -5,7 +5,7 @@
 Nothing is measured. For cards of several sizes `memory.fit` chooses what is done at a time within nine tenths of their memory, as `train`
 does on a card that is otherwise empty; `memory.plan` says what that needs. The operations of one row through the networks are counted by
 PyTorch's counter on tensors without memory, with attention written out as matrix products. What they come to in an epoch, and in what
-time a GPU may do them, is worked out on the page on memory.
+time a GPU may do them, is worked out on the page on cost.
 """
 import argparse, sys, time
 from pathlib import Path
