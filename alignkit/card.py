@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import json, math, re, shutil
 from PIL import Image
-from .folder import SHOWN, environment
+from .folder import SHOWN, environment, sheet_rows
 from .judges import repeated
 from .kohya import network_texts, write_header
 from .pipelines import PIPELINES, WEIGHTS, data_dir
@@ -240,6 +240,7 @@ def _call(run, prompt):
     how = {k: c[k] for k in ("num_inference_steps", "eta", "height", "width") if c.get(k) is not None}
     if c.get("sampler", "ddim") != "ddim": how.pop("eta", None)
     how["guidance_scale"] = c.get("eval_guidance_scale") or c.get("guidance_scale", 1.)
+    if c.get("negative_prompt") is not None: how["negative_prompt"] = c["negative_prompt"]
     told = ", ".join(f"{k}={v!r}" for k, v in how.items())
     seeded = f"g = torch.Generator(pipe.device).manual_seed({c.get('seed', 0)})"
     return [seeded, f"picture = pipe({prompt!r}, {told}, generator=g).images[0]"]
@@ -282,11 +283,13 @@ def _what(run, base, kinds, epoch):
     of = f"[{base.hub}](https://huggingface.co/{base.hub})" if base.hub else f"`{base.name}`"
     told = f"{form}, trained to raise the reward `{c['reward']}` of the pictures that {of} draws, by `{c['method']}` of alignkit."
     if base.copied and base.hub: told += " The base model was given as a copy of it; whether that was unchanged is not recorded."
+    if c.get("init_lora"): told += f" It began with the adapter `{json.loads(_short('init_lora', c['init_lora']))}`."
     if not rows: return told
     last, all_rows = rows[-1], len(run.rows)
     past = f" (the run went on to epoch {int(run.rows[-1]['epoch'])})" if all_rows > len(rows) else ""
     scored, took = int(last.get("queries", 0)), duration(last.get("wall_s", 0))
-    return (f"{told}\n\nThese are the weights after epoch {int(last['epoch'])}{past}: {scored} pictures were drawn and scored, "
+    averaged = f", as averaged with `ema_decay={c['ema_decay']}`," if c.get("ema_decay") else ""
+    return (f"{told}\n\nThese are the weights{averaged} after epoch {int(last['epoch'])}{past}: {scored} pictures were drawn and scored, "
             f"in {took} of training.")
 
 # %% ../nbs/06c_card.ipynb #40d8b2f7
@@ -318,7 +321,7 @@ def _elsewhere(kinds):
 
 def _short(name, value):
     "A setting as text; of a path, where it leads."
-    path = name in ("pipe", "prompts", "eval_prompts") and isinstance(value, str) and not _hub_name(value)
+    path = name in ("pipe", "prompts", "eval_prompts", "init_lora") and isinstance(value, str) and not _hub_name(value)
     return json.dumps(re.split(r"[/\\]", value)[-1] if path else value, ensure_ascii=False, default=str)
 
 def _again(run, record):
@@ -404,13 +407,12 @@ def _small(file, to, width=1600):
         sheet.convert("RGB").resize((width, round(sheet.height * width / sheet.width)), Image.LANCZOS).save(to)
 
 def _gallery(folder, sheet, most=4):
-    "The first pictures of a sheet as files of their own."
+    "The first pictures of a sheet as files of their own, without their captions."
     if not sheet or not sheet.prompts: return []
-    with Image.open(sheet.file) as opened: whole = opened.convert("RGB")
-    n, rows = len(sheet.prompts), -(-len(sheet.prompts) // 8)
-    w, h = whole.width // 8, whole.height // rows
-    for i in range(min(n, most)): whole.crop((i * w, 0, (i + 1) * w, h)).save(folder / f"picture_{i}.png")
-    return [(sheet.prompts[i], f"picture_{i}.png") for i in range(min(n, most))]
+    row = sheet_rows(sheet.file)[0].convert("RGB")
+    w, found = row.width // 8, [(prompt, f"picture_{i}.png") for i, prompt in enumerate(sheet.prompts[:most])]
+    for i, (_, name) in enumerate(found): row.crop((i * w, 0, (i + 1) * w, row.height)).save(folder / name)
+    return found
 
 # %% ../nbs/06c_card.ipynb #d2c90a8e
 def describe(

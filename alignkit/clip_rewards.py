@@ -220,5 +220,5 @@ def hps(
     return _similarity(judge, f"hps_{version}", True, clean=clean)
 
 def hps_v2() -> Reward:
-    "HPS v2 with its defaults, for `get_reward('hps_v2')`."
+    "Human preference score v2 (arXiv:2306.09341): `hps` with its defaults, under a name for `get_reward`."
     return hps("v2")

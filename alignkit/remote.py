@@ -8,6 +8,7 @@ __all__ = ['PROTOCOL', 'MOST', 'pack', 'unpack', 'make_server', 'serve', 'BadAns
 # %% ../nbs/05h_remote.ipynb #24104931
 import base64, binascii, io, json, math, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -56,7 +57,7 @@ def unpack(
 ) -> tuple[Tensor, list]:  # images (B, 3, H, W) in [0, 1], prompts
     "What a request asks, or a ValueError that says what is wrong with it."
     try: asked = json.loads(body)
-    except ValueError as e: raise ValueError(f"not JSON ({e})") from e
+    except (ValueError, RecursionError) as e: raise ValueError(f"not JSON ({e})") from e
     if not isinstance(asked, dict) or asked.get("protocol") != PROTOCOL: raise ValueError(f"protocol: {PROTOCOL!r} is spoken here")
     files, prompts, more = (asked.get(k) for k in ("images", "prompts", "metadata"))
     for name, value in (("images", files), ("prompts", prompts), ("metadata", more if more is not None else prompts)):
@@ -88,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         self.close_connection = True  # what is not read must not be taken for the next request
         if self.path != "/score": return self._answer(404, error="GET /health or POST /score")
-        if not length.isdigit(): return self._answer(411, error="Content-Length is missing")
+        if not length.isdecimal(): return self._answer(411, error="Content-Length is missing")
         if int(length) > self.max_bytes: return self._answer(413, error=f"at most {self.max_bytes} bytes a request, got {length}")
         try: images, prompts = unpack(self.rfile.read(int(length)), self.max_pictures, self.max_side)
         except ValueError as e: return self._answer(400, error=str(e))
@@ -132,16 +133,19 @@ def _ask(url, body, timeout):
     "Status and the JSON object of an answer; OSError where there is none."
     request = Request(url, body, {"Content-Type": "application/json"} if body else {})
     try:
-        with urlopen(request, timeout=timeout) as answer: status, text = answer.status, answer.read(MOST + 1)
-    except HTTPError as e: status, text = e.code, e.read(MOST)
+        with urlopen(request, timeout=timeout) as answer: status, text, length = answer.status, answer.read(MOST + 1), answer.length
+    except HTTPError as e: status, text, length = e.code, e.read(MOST + 1), e.length
+    except HTTPException as e: raise OSError(f"no HTTP: {e!r:.60}") from e
     if len(text) > MOST: raise BadAnswer(f"{url} answered with more than {MOST} bytes")
+    if length: raise OSError(f"the answer broke off {length} bytes before its end")
     try: told = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         if status >= 500: raise OSError(f"status {status}") from e  # of something that stands before it
         raise BadAnswer(f"{url} answered something else than JSON: {text[:60]!r}") from e
     if not isinstance(told, dict): raise BadAnswer(f"{url} answered {str(told)[:60]!r} in the place of an object")
     return status, told
 
+# %% ../nbs/05h_remote.ipynb #5743e2d2
 def _number(r): return isinstance(r, (int, float)) and not isinstance(r, bool)
 
 def _rewards(url, body, n, timeout):

@@ -176,7 +176,7 @@ def name_images(
 
 # %% ../nbs/05_rewards.ipynb #ab5628b7
 class _Named:
-    "1 where the small CLIP, asked which of its 65 animals it sees, names the one in the prompt; 0 elsewhere. Loads its CLIP at first."
+    "Whether the small CLIP, asked which of its 65 animals it sees, names the one in the prompt: 1, else 0. Loads its CLIP at first."
     name, differentiable = "clip_named", False
     def __call__(self, images, prompts):
         check_images(images)
@@ -190,7 +190,7 @@ clip_named = Reward(_Named())
 
 # %% ../nbs/05_rewards.ipynb #1604ecee
 class _Diversity:
-    "Mean distance (one minus the cosine) of each picture to the others of its prompt, or to all others, in the small CLIP's space."
+    "How unlike the others of its prompt (`_all`: of all prompts) a picture is: mean of one minus the cosine, in the small CLIP."
     differentiable, whole_set = False, True
     def __init__(self,
         within:bool,  # only pictures of one prompt are compared

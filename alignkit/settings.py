@@ -51,7 +51,7 @@ def settings_of(
     "All settings of a config."
     known = {k: v for source in sources for k, v in classes_in(source).items()}
     bases, own = known.get(name, ((), ()))
-    found = {s.name: s for base in bases for s in settings_of(base, *sources)}
+    found = {s.name: s for base in reversed(bases) for s in settings_of(base, *sources)}  # the first base counts most, as in Python
     for s in own: found[s.name] = s if s.comment or s.name not in found else s._replace(comment=found[s.name].comment)
     return list(found.values())
 
