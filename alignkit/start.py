@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 import hashlib, inspect, json, math, os, shutil, textwrap, warnings
 import torch
-from .compat import forget_accelerator, plain_name, unwrap_forward
+from .compat import forget_accelerator, let_go_at_exit, plain_name, unwrap_forward
 from .fast import fast, products
 from .folder import FREE, RunFolder, check_config, checkpoints, locked, plain, refuse_if_in_use, replace_folder, write_atomic
 from .judges import warn_of_emoji_judges
@@ -39,6 +39,7 @@ def _accelerator(cfg):
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # the buckets that processes exchange are the gradients, not a copy of them
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # an evaluation runs on the first process, and the others wait
     accelerator = Accelerator(mixed_precision=cfg.mixed_precision, kwargs_handlers=[ddp, wait])
+    if accelerator.num_processes > 1: let_go_at_exit()
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(f"WORLD_SIZE: the launcher started {launched} processes, and this run sees {accelerator.num_processes}; "
