@@ -7,11 +7,12 @@ __all__ = ['DISTANCE', 'KL', 'STYLE', 'STATISTICS', 'NEEDS', 'COLUMN', 'decide',
            'Question', 'after', 'finals', 'curve', 'height', 'crossing', 'by_height', 'by_ranks', 'by_best_rate',
            'by_final_gain', 'by_queries_to', 'by_share_left', 'by_share_left_at_level', 'by_fall_from_best', 'by_onset',
            'by_warning', 'by_past_clip', 'by_front', 'by_dominated', 'by_exam', 'by_picture', 'by_style', 'by_halves',
-           'by_path', 'by_fooled', 'by_number', 'over_prompts', 'measured', 'question', 'answer', 'verdicts',
-           'of_claim', 'table']
+           'by_path', 'by_fooled', 'by_number', 'over_prompts', 'measured', 'question', 'answer', 'questions',
+           'verdicts', 'of_claim', 'table']
 
 # %% ../nbs/11d_claims.ipynb #3c272a5e
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 import json, math, sys
@@ -56,7 +57,7 @@ def place(
     name:str,  # of an entry of the rules, 'jpeg_compressibility/ddpo_is'
     seed:int,
     rules:dict,
-    data:Path|None=None,  # None: the kit's own data
+    data:Path|None=None,  # None: the kit's own
     again:bool=False,  # the second making of a recorded run
 ) -> Path:
     "The folder of a run of the reproduction."
@@ -81,7 +82,7 @@ class Question(NamedTuple):
     test: dict  # spelled out
     seeds: tuple  # those for which all is at hand, fresh ones last
     fresh: int  # how many of them did not exist when the rule was written
-    missing: tuple  # runs and measurements that are not there yet, by name
+    missing: tuple  # (entry, seed) of runs that are not there yet, (measurement, None)
     runs: dict  # (entry, seed) -> `Run`
     measured: dict  # name -> a number, or a list of them
     rules: dict
@@ -355,17 +356,19 @@ def over_prompts(
 # %% ../nbs/11d_claims.ipynb #d4367cf1
 def _find(name, seed, rules, data):
     "A finished run, or None; its second making where there is one."
-    for again in (True, False):
-        folder = place(name, seed, rules, data, again)
+    for again, root in product((True, False), data or [data_dir()]):
+        folder = place(name, seed, rules, root, again)
         if (folder / "config.json").is_file(): return read_run(folder)
 
 def measured(
-    data:Path|None=None,  # None: the kit's own data
+    data:tuple=(),  # folders, the first that has a measurement gives it; empty: the kit's own data
 ) -> dict:  # name -> number, or a list of them
     "What was measured without a training run, out of `measures.json`."
-    file = Path(data or data_dir()) / "measures.json"
-    if not file.is_file(): return {}
-    return {k: v for m in json.loads(file.read_text(encoding="utf-8")).values() for k, v in m["gives"].items()}
+    found = {}
+    for root in data or [data_dir()]:
+        file = Path(root) / "measures.json"
+        if file.is_file(): found = {**json.loads(file.read_text(encoding="utf-8")), **found}
+    return {k: v for m in found.values() for k, v in m["gives"].items()}
 
 def _lacks(test, run):
     "Whether a run is not there, or was recorded without what the test reads."
@@ -381,7 +384,7 @@ def _lacks(test, run):
 def question(
     claim:dict, test:dict,  # of the rules, spelled out
     rules:dict,
-    data:Path|None=None,  # None: the kit's own data
+    data:tuple=(),  # folders, the first that has a run gives it; empty: the kit's own data
 ) -> Question:
     "A test with the runs that it compares, and what is missing."
     entries, names = {e["id"]: e for e in rules["run"]}, [*test.get("a", []), *test.get("b", []), *test.get("control", [])]
@@ -390,13 +393,13 @@ def question(
     looked = {s for n in names for s in entries[n]["before"]} if claim["looked_at_before"] else set()
     seeds = [*(s for s in asked if s in looked), *(s for s in asked if s not in looked)]
     runs = {(n, s): _find(n, s, rules, data) for n in names for s in seeds}
-    lacks = [f"{n}, seed {s}" for (n, s), r in runs.items() if _lacks(test, r)]
-    there = tuple(s for s in seeds if not any(f"{n}, seed {s}" in lacks for n in names))
+    lacks = [k for k, r in runs.items() if _lacks(test, r)]
+    there = tuple(s for s in seeds if not any((n, s) in lacks for n in names))
     return Question(claim, test, there, sum(s not in looked for s in there) if looked else 0, tuple(lacks), runs, {}, rules)
 
 def _of_numbers(claim, test, rules, data):
     numbers, seeds, entries = measured(data), tuple(test.get("seeds", ())), {e["id"]: e for e in rules["measure"]}
-    lacks = [m for m in claim["measures"] if not entries[m].get("optional") and not set(entries[m]["gives"]) <= set(numbers)]
+    lacks = [(m, None) for m in claim["measures"] if not entries[m].get("optional") and not set(entries[m]["gives"]) <= set(numbers)]
     return Question(claim, test, seeds or (0,), len(seeds), tuple(lacks), {}, numbers, rules)
 
 # %% ../nbs/11d_claims.ipynb #fb885a82
@@ -417,13 +420,21 @@ def answer(
     prompts = over_prompts(q) if d and test["statistic"] == "exam" else (math.nan, math.nan)
     return dict(row, seeds=len(d), **ends, low_prompts=prompts[0], high_prompts=prompts[1], d=" ".join(f"{x:.4g}" for x in d), verdict=word)
 
+def questions(
+    claim:dict,  # of the rules
+    rules:dict,
+    data:tuple=(),  # as for `question`
+) -> list[Question]:
+    "All tests of a claim."
+    return [question(claim, t, rules, data) for test in claim["test"] for t in spelled(test)]
+
 def verdicts(
     rules:dict|None=None,  # None: the kit's own
-    data:Path|None=None,  # None: the kit's own data
+    data:tuple=(),  # as for `question`
 ) -> pd.DataFrame:  # a row a test
     "Every test of every claim, from the recorded runs."
     rules = rules or read_rules()
-    return pd.DataFrame([answer(question(c, t, rules, data)) for c in rules["claim"] for test in c["test"] for t in spelled(test)])
+    return pd.DataFrame([answer(q) for c in rules["claim"] for q in questions(c, rules, data)])
 
 def of_claim(
     tests:pd.DataFrame,  # rows of `verdicts`, of one claim
