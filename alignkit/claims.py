@@ -360,6 +360,7 @@ def _find(name, seed, rules, data):
         folder = place(name, seed, rules, root, again)
         if (folder / "config.json").is_file(): return read_run(folder)
 
+# %% ../nbs/11d_claims.ipynb #6a47c7a6
 def measured(
     data:tuple=(),  # folders, the first that has a measurement gives it; empty: the kit's own data
 ) -> dict:  # name -> number, or a list of them
@@ -380,7 +381,7 @@ def _lacks(test, run):
     if test["statistic"] in ("final_gain", "front", "dominated"): return not (run.folder.path / "eval_final.json").is_file()
     return column is not None and column not in run.history
 
-# %% ../nbs/11d_claims.ipynb #6a47c7a6
+# %% ../nbs/11d_claims.ipynb #fb885a82
 def question(
     claim:dict, test:dict,  # of the rules, spelled out
     rules:dict,
@@ -402,7 +403,7 @@ def _of_numbers(claim, test, rules, data):
     lacks = [(m, None) for m in claim["measures"] if not entries[m].get("optional") and not set(entries[m]["gives"]) <= set(numbers)]
     return Question(claim, test, seeds or (0,), len(seeds), tuple(lacks), {}, numbers, rules)
 
-# %% ../nbs/11d_claims.ipynb #fb885a82
+# %% ../nbs/11d_claims.ipynb #4aa5b3bf
 def answer(
     q:Question,
 ) -> dict:  # a row of `verdicts`
@@ -420,6 +421,7 @@ def answer(
     prompts = over_prompts(q) if d and test["statistic"] == "exam" else (math.nan, math.nan)
     return dict(row, seeds=len(d), **ends, low_prompts=prompts[0], high_prompts=prompts[1], d=" ".join(f"{x:.4g}" for x in d), verdict=word)
 
+# %% ../nbs/11d_claims.ipynb #89915f97
 def questions(
     claim:dict,  # of the rules
     rules:dict,
@@ -446,7 +448,7 @@ def of_claim(
     whole, none = told.str.startswith("seen").all(), told.str.startswith("not seen").all()
     return ("seen" if whole else "not seen" if none else "in part") + (", so far" if len(told) < len(words) else "")
 
-# %% ../nbs/11d_claims.ipynb #5d2f5428
+# %% ../nbs/11d_claims.ipynb #837891bc
 def _effects(tests):
     "The tests that decide, by their id, in words."
     def told(group):

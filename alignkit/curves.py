@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'SETTINGS', 'BACKPROP', 'RWR', 'METHODS', 'BLACK_BOX', 'EVERY', 'TASKS', 'COLUMNS', 'PANELS', 'SHORT',
-           'ALIASES', 'label', 'kept_epoch', 'judges_of', 'final_evaluation', 'summary', 'time_to', 'task_config',
-           'compare', 'compare_rewards', 'score_and_truth', 'sample_strip', 'published', 'run_one', 'reproduce',
-           'report', 'main']
+           'ALIASES', 'KEPT', 'label', 'kept_epoch', 'judges_of', 'final_evaluation', 'summary', 'time_to',
+           'task_config', 'compare', 'compare_rewards', 'score_and_truth', 'sample_strip', 'published', 'run_one',
+           'reproduce', 'report', 'of_entry', 'keep', 'record', 'reproduce_claims', 'main']
 
 # %% ../nbs/12_curves.ipynb #38943361
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-import argparse, json, os, subprocess, sys, time, warnings
+import argparse, json, os, shutil, subprocess, sys, time, warnings
 import pandas as pd
 from PIL import Image
 from . import alignprop, ddpo, rwr
+from .claims import answer, of_claim, place, questions, read_rules
 from .cost import Underway, follow, work_of
 from .folder import RunFolder, sheet_rows, write_atomic
 from .judges import evaluate_fixed, repeated
 from .pipelines import adapter_off, add_lora, data_dir, load_lora, lookup, open_model
 from .prompts import get_prompts
-from .rewards import get_reward, with_unit
+from .rewards import Reward, get_reward, weighted_sum, with_unit
 from .runs import Run, evaluations, read_run, watch
 from .training import TrainConfig, drawing
 
@@ -52,6 +53,7 @@ def judges_of(
 # %% ../nbs/12_curves.ipynb #6c667bf3
 def final_evaluation(
     run:Run,  # with its folder; to compute, a LoRA run whose checkpoints are kept
+    reward=None,  # to compute, where the name in the run's config is not enough: a reward of one's own, a weighted sum
 ) -> pd.DataFrame:  # rows base, kept, last; columns epoch and eval_*
     "The untrained model, the kept epoch and the last one on held-out prompts and new noise. Computed once, then read from eval_final.json."
     file = run.folder.path / "eval_final.json"
@@ -65,7 +67,7 @@ def final_evaluation(
     if missing:
         raise FileNotFoundError(f"{missing[0]}: this checkpoint is needed for the final evaluation; "
                                 "train with save_every=eval_every and a large keep_checkpoints")
-    rows = _evaluate_again(run, epochs, folders)
+    rows = _evaluate_again(run, epochs, folders, reward)
     write_atomic(file, json.dumps(rows, indent=1))
     return pd.DataFrame(rows).T
 
@@ -254,10 +256,10 @@ def published() -> pd.DataFrame:  # what, method, value, unit, model, hardware, 
     return pd.read_csv(data_dir() / "published.csv")
 
 # %% ../nbs/12_curves.ipynb #ef692a6f
-def _evaluate_again(run, epochs, folders):
+def _evaluate_again(run, epochs, folders, reward=None):
     "The base model and two epochs from their checkpoints, on noise that nothing was chosen by."
     c = run.config
-    reward, judges = get_reward(c["reward"]), tuple(map(get_reward, judges_of(c)))
+    reward, judges = get_reward(reward or c["reward"]), tuple(map(get_reward, judges_of(c)))
     how = replace(drawing(c, "final"), batch_size=64)
     texts = repeated(get_prompts(c["eval_prompts"]).texts, c["eval_samples"])
     model = open_model(run.pipe or c["pipe"], how.height, how.width)
@@ -298,23 +300,34 @@ def run_one(
     return run
 
 # %% ../nbs/12_curves.ipynb #4dffed72
-def _start(out, task, num_epochs, short, run):
+def _start(out, name, call, run):
     "One run in a process of its own, on one thread; what went wrong, or None."
     run.began = time.time()
-    failed = _in_process(out, task, num_epochs, short)
+    failed = _in_process(out, name, call)
     run.ended = "failed" if failed else "done"
     return failed
 
-def _in_process(out, task, num_epochs, short):
-    log = out / "logs" / "{}_{}_seed{}.log".format(*task)
+def _in_process(out, name, call):
+    log = out / "logs" / f"{name}.log"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    call = f"from alignkit.curves import run_one; run_one({str(out)!r}, *{task!r}, {num_epochs}, {short})"
     with open(log, "w", encoding="utf-8") as f: code = subprocess.run([sys.executable, "-c", call], stdout=f, stderr=f, env=env).returncode
     if not code: return None
     last = (log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"])[-1]
-    return f"{' '.join(map(str, task))}: {last} (all of it in {log})"
+    return f"{name}: {last} (all of it in {log})"
 
+def _side_by_side(out, runs, calls, jobs):
+    "Each call in a process of its own, some at a time, shown until all are over; those that failed are named at the end."
+    jobs = jobs or os.cpu_count() or 1
+    with ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(_start, out, name, call, run) for (name, call), run in zip(calls.items(), runs, strict=True)]
+        try: follow(runs, jobs, lambda: all(s.done() for s in started))
+        finally:
+            for s in started: s.cancel()  # where this process is interrupted, those that wait do not begin
+    if failed := [s.result() for s in started if s.result()]:
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed; the same call goes on with what is in {out}:\n" + "\n".join(failed))
+
+# %% ../nbs/12_curves.ipynb #5eed0001
 def reproduce(
     out:str|Path,
     tasks:list[tuple],  # (reward, method, seed)
@@ -322,18 +335,14 @@ def reproduce(
     jobs:int|None=None,  # processes at a time, one thread each; None: as many as there are cores
 ) -> list[Run]:
     "Several runs side by side. Those that are finished are only read; a run that fails does not stop the others, and is named at the end."
-    out, jobs = Path(out), jobs or os.cpu_count() or 1
+    out = Path(out)
     def underway(reward, method, seed):
         work = work_of(_settings(reward, method, seed, num_epochs, short)[1], finals=3)
         return Underway(f"{reward}, {method}, seed {seed}", RunFolder(out / reward / f"{method}_seed{seed}"), work)
-    runs = [underway(*task) for task in tasks]
-    with ThreadPoolExecutor(jobs) as pool:
-        started = [pool.submit(_start, out, task, num_epochs, short, run) for task, run in zip(tasks, runs)]
-        try: follow(runs, jobs, lambda: all(s.done() for s in started))
-        finally:
-            for s in started: s.cancel()  # where this process is interrupted, those that wait do not begin
-    if failed := [s.result() for s in started if s.result()]:
-        raise RuntimeError(f"{len(failed)} of {len(tasks)} runs failed; the same call goes on with what is in {out}:\n" + "\n".join(failed))
+    calls = {
+        "{}_{}_seed{}".format(*task): f"from alignkit.curves import run_one; run_one({str(out)!r}, *{task!r}, {num_epochs}, {short})"
+        for task in tasks}
+    _side_by_side(out, [underway(*task) for task in tasks], calls, jobs)
     return [read_run(out / reward / f"{method}_seed{seed}") for reward, method, seed in tasks]
 
 # %% ../nbs/12_curves.ipynb #69aafaac
@@ -378,6 +387,78 @@ def _tell(out, whole, needed):
     print(f"\ncurves: {out / 'curve.png'}; base, kept and last pictures: {out / 'samples_*.png'}; "
           f"tables: {out / 'summary.csv'}, {out / 'time_to.csv'}")
 
+# %% ../nbs/12_curves.ipynb #5eed0011
+def of_entry(
+    name:str,  # of an entry of the rules, 'jpeg_compressibility/ddpo_is'
+    seed:int,
+    rules:dict|None=None,  # None: the kit's own
+) -> tuple[str|Reward, str, TrainConfig]:  # reward, prompts, settings
+    "What a run of the reproduction is trained on, and how: [how].config of the rules."
+    entry = lookup({e["id"]: e for e in (rules or read_rules())["run"]}, name, "name")
+    changes = {**entry.get("settings", {}), **entry.get("watching", {})}
+    prompts, cfg = task_config(
+        entry["task"], entry["method"], seed=seed, fast="onednn", progress=False, memory_budget_gb=None, **changes)
+    reward = entry.get("reward", entry["task"])
+    return weighted_sum(reward) if isinstance(reward, dict) else reward, prompts, cfg
+
+KEPT = ("config.json", "history.csv", "eval_base.json", "eval_final.json", "eval_after.json", "samples/after.png")
+
+def keep(
+    run:Run,
+    to:str|Path,  # a folder
+) -> Run:  # as it is kept
+    "Copy what the record of a run is: histories and evaluations; neither checkpoints nor adapters, and eight pictures at most."
+    for name in KEPT:
+        file = run.folder.path / name
+        if not file.is_file(): continue
+        (Path(to) / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, Path(to) / name)
+    return read_run(to)
+
+# %% ../nbs/12_curves.ipynb #5eed0012
+def record(
+    name:str, seed:int,  # as for `of_entry`
+    out:str|Path,  # worked on in out/work, kept in out/runs
+    rules:dict|None=None,  # None: the kit's own
+) -> Run:  # as it is kept
+    "Make a run of the reproduction, or go on with it, and keep its record."
+    rules = rules or read_rules()
+    reward, prompts, cfg = of_entry(name, seed, rules)
+    entry = lookup({e["id"]: e for e in rules["run"]}, name, "name")
+    run = METHODS[entry["method"]][0].train("tiny", reward, prompts, cfg, out=place(name, seed, rules, Path(out) / "work"), resume=True)
+    if cfg.trainable == "lora": final_evaluation(run, reward)  # a run of all weights keeps no adapter to look at again
+    return keep(run, place(name, seed, rules, out, again=(place(name, seed, rules) / "config.json").is_file()))
+
+def reproduce_claims(
+    numbers:list[int],  # of claims
+    out:str|Path,
+    anew:bool=False,  # make those runs too that are recorded
+    jobs:int|None=None,  # as for `reproduce`
+) -> pd.DataFrame:  # rows of `verdicts`
+    "Make what the rules of some claims need and is recorded nowhere, each run once, and judge."
+    rules, out = read_rules(), Path(out)
+    claims = [lookup({c["number"]: c for c in rules["claim"]}, n, "claim") for n in numbers]
+    data = [out] if anew else [out, data_dir()]
+    missing = dict.fromkeys(run for c in claims for q in questions(c, rules, data) for run in q.missing)
+    todo = [run for run in missing if run[1] is not None]
+    def underway(name, seed):
+        folder, cfg = RunFolder(place(name, seed, rules, out / "work")), of_entry(name, seed, rules)[2]
+        return Underway(f"{name}, seed {seed}", folder, work_of(cfg, finals=3))
+    calls = {f"{n.replace('/', '_')}_seed{s}": f"from alignkit.curves import record; record({n!r}, {s}, {str(out)!r})" for n, s in todo}
+    if todo: _side_by_side(out, [underway(*run) for run in todo], calls, jobs)
+    found = [answer(q) for c in claims for q in questions(c, rules, data)]
+    return pd.DataFrame(found)
+
+# %% ../nbs/12_curves.ipynb #5eed0013
+def _judge(numbers, out, anew, jobs):
+    "Claims on a terminal: what was asked, the number of each seed, the verdict."
+    found, claims = reproduce_claims(numbers, out, anew, jobs), {c["number"]: c for c in read_rules()["claim"]}
+    for number, tests in found.groupby("claim"):
+        print(f"\nclaim {number}: {claims[number]['says']}\n  {claims[number]['source']}")
+        shown = tests[["test", "decides", "d", "mean", "low", "high", "verdict"]]
+        print(shown.to_string(index=False, float_format="{:.3g}".format, na_rep=""))
+        print(f"claim {number}: {of_claim(tests)}")
+
 # %% ../nbs/12_curves.ipynb #e6bc0581
 def main(
     words:list[str]|None=None,  # None: what stands behind the program's name
@@ -389,16 +470,20 @@ def main(
     parser.add_argument("--reward", choices=[*TASKS, *ALIASES])
     parser.add_argument("--method", "--methods", nargs="+", choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", default="runs/curves")
+    parser.add_argument("--claim", type=int, nargs="+", help="instead: make what these claims need and is not recorded, and judge them")
+    parser.add_argument("--anew", action="store_true", help="with --claim: make also what is recorded")
+    parser.add_argument("--out", help="default: runs/curves, with --claim runs/claims")
     parser.add_argument("--num-epochs", type=int)
     parser.add_argument("--short", action="store_true", help="1024 reward queries a run")
     parser.add_argument("--jobs", type=int, help="processes at a time, one thread each")
     args = parser.parse_args(words)
+    if args.claim: return _judge(args.claim, args.out or "runs/claims", args.anew, args.jobs)
     import matplotlib
     matplotlib.use("Agg")  # a terminal has no window
     chosen = [ALIASES.get(args.reward, args.reward)] if args.reward else ["tiny_aesthetic", "jpeg_compressibility"]
     methods = {reward: args.method or (BLACK_BOX if reward == "jpeg_compressibility" else EVERY) for reward in chosen}
     tasks = [(r, m, s) for s in args.seeds for r in chosen for m in methods[r]]
-    report(args.out, reproduce(args.out, tasks, args.num_epochs, args.short, args.jobs))
+    out = args.out or "runs/curves"
+    report(out, reproduce(out, tasks, args.num_epochs, args.short, args.jobs))
 
 if __name__ == "__main__" and "__file__" in globals(): main()
