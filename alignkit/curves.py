@@ -17,7 +17,7 @@ import argparse, json, os, shutil, subprocess, sys, time, warnings
 import pandas as pd
 from PIL import Image
 from . import alignprop, ddpo, rwr
-from .claims import answer, of_claim, place, questions, read_rules
+from .claims import answer, of_claim, place, questions, read_rules, table, verdicts
 from .cost import Underway, follow, work_of
 from .folder import RunFolder, sheet_rows, write_atomic
 from .judges import evaluate_fixed, repeated
