@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast check t export house readme browser
+.PHONY: help demo test verify-claims fast check t export house readme browser
 
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
 BOTH_CORES = -n 2 --dist worksteal
@@ -13,13 +13,16 @@ FAST = $(CHECK) or 00_show or 04_prompts or ratio_is_exactly_one or depend_on_th
        bitsandbytes or preset_lists or tasks_are_refused
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
 
 demo: .venv/ready  ## every method on the embedded pipeline, one plot
 	.venv/bin/python -m alignkit.curves --short --out runs/demo
 
 test: .venv/ready  ## everything CI runs: every notebook, every test
 	$(PYTEST) tests $(BOTH_CORES) --durations=8
+
+verify-claims: .venv/ready  ## every number of the reproduction, from data/runs: verdicts, tables, prose
+	$(PYTEST) tests/test_verify_claims.py tests/test_claims.py
 
 fast: .venv/ready  ## under a minute: the wall, imports, clean and export, ratio 1, pure functions, two pages
 	$(PYTEST) tests $(BOTH_CORES) -k "$(FAST)"

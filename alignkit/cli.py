@@ -627,14 +627,17 @@ def curves(
     num_epochs: Annotated[Optional[int], typer.Option(help="Of each run; else as on the page.")] = None,
     short: Annotated[bool, typer.Option("--short", help="1024 reward queries a run.")] = False,
     jobs: Annotated[Optional[int], typer.Option(help="Processes at a time, one thread each.")] = None,
-    out: Annotated[str, typer.Option(help="Folder of the runs, the plot and the tables.")] = "runs/curves",
+    claim: Annotated[Optional[str], typer.Option(help="Instead: judge these claims of the papers, and make what they still need.")] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="With --claim: make also the runs that are recorded.")] = False,
+    out: Annotated[Optional[str], typer.Option(help="Folder of the runs; else runs/curves, or runs/claims.")] = None,
 ):
     "Every method on the embedded pipeline, one plot. The same as python -m alignkit.curves."
     from alignkit.curves import main
-    typed = dict(reward=reward, method=method and method.split(","), seeds=seeds.split(","), num_epochs=num_epochs, jobs=jobs, out=out)
+    lists = dict(method=method and method.split(","), seeds=seeds.split(","), claim=claim and claim.split(","))
+    typed = dict(reward=reward, **lists, num_epochs=num_epochs, jobs=jobs, out=out)
     several = [(k, v if isinstance(v, list) else [v]) for k, v in typed.items() if v is not None]
     words = [word for k, v in several for word in ("--" + k.replace("_", "-"), *map(str, v))]
-    main([*words, *["--short"] * short])
+    main([*words, *["--short"] * short, *["--anew"] * anew])
 
 # %% ../nbs/14_cli.ipynb #691a6420
 def _one_step(device):
