@@ -407,7 +407,7 @@ def _of_numbers(claim, test, rules, data):
 def answer(
     q:Question,
 ) -> dict:  # a row of `verdicts`
-    "What the recorded runs say to a test: a number for each seed, their mean and ends, and the verdict; none before all runs are there."
+    "A number for each seed, their mean and ends, and the verdict: none before three seeds are there, 'so far' before all are."
     test = q.test
     name = test["id"] + (f", {test['word']}" if test["word"] else "")
     row = dict(claim=q.claim["number"], test=name, decides=test.get("decides", True), fresh=q.fresh, missing=len(q.missing))
@@ -415,9 +415,10 @@ def answer(
     d = STATISTICS[test["statistic"]](q) if q.seeds and not (numbers and q.missing) else []
     ends = dict(mean=np.mean(d), low=min(d), high=max(d)) if d else dict.fromkeys(("mean", "low", "high"), math.nan)
     thresholds = {k: test[k] for k in ("each", "mean", "none")}
-    word = "waits" if q.missing or not d else decide(d, **thresholds, fresh=q.fresh if q.fresh < len(d) else 0)
-    looked = q.claim["looked_at_before"] and not q.fresh and not numbers
-    if looked and word != "waits": word += ", on runs that had been looked at"
+    planned = len(q.seeds) + len({seed for _, seed in q.missing} - set(q.seeds))
+    word = decide(d, **thresholds, fresh=q.fresh if q.fresh < len(d) else 0) if d and len(d) >= min(3, planned) else "waits"
+    if q.claim["looked_at_before"] and not q.fresh and not numbers and word != "waits": word += ", on runs that had been looked at"
+    if q.missing and word != "waits": word += ", so far"
     prompts = over_prompts(q) if d and test["statistic"] == "exam" else (math.nan, math.nan)
     return dict(row, seeds=len(d), **ends, low_prompts=prompts[0], high_prompts=prompts[1], d=" ".join(f"{x:.4g}" for x in d), verdict=word)
 
@@ -446,7 +447,8 @@ def of_claim(
     told = words[words != "waits"]
     if told.empty: return "waits"
     whole, none = told.str.startswith("seen").all(), told.str.startswith("not seen").all()
-    return ("seen" if whole else "not seen" if none else "in part") + (", so far" if len(told) < len(words) else "")
+    so_far = len(told) < len(words) or told.str.endswith("so far").any()
+    return ("seen" if whole else "not seen" if none else "in part") + (", so far" if so_far else "")
 
 # %% ../nbs/11d_claims.ipynb #837891bc
 def _effects(tests):
@@ -470,7 +472,7 @@ def table(
         decide_it = tests[tests.decides]
         seeds = sorted({n for n in decide_it.seeds if n})
         word = of_claim(tests)
-        if waits := int((decide_it.verdict == "waits").sum()): word += f" ({waits} of {len(decide_it)} tests wait for runs)"
+        if waits := int((decide_it.missing > 0).sum()): word += f" ({waits} of {len(decide_it)} tests wait for runs)"
         rows.append({
             "": c["number"], "claim": c["says"], "source": c["source"], "effect, lowest to highest": _effects(tests), "verdict": word,
             "seeds": " to ".join(map(str, sorted({seeds[0], seeds[-1]}))) if seeds else "", "where": c["where"]})
