@@ -297,11 +297,16 @@ def by_style(q):
 # %% ../nbs/11d_claims.ipynb #1fbb3fd4
 def by_halves(q):
     "An expression of what early and late steps make of the coarse and of the fine change."
-    return [_worked_out(q.test["expression"], after(q.side("a", s)[0])["halves"]) for s in q.seeds]
+    def of(run):
+        found = after(run)["halves"]
+        return math.nan if found is None else _worked_out(q.test["expression"], found)  # no epoch was better than the base model
+    return [of(q.side("a", s)[0]) for s in q.seeds]
 
 def by_path(q):
     "Rank correlation of the mixing coefficient with a column of the path."
-    def of(run): return _spearman(after(run)["mixing"]["coefficient"], after(run)["mixing"][q.test["column"]])
+    def of(run):
+        path = after(run)["mixing"]
+        return math.nan if path is None else _spearman(path["coefficient"], path[q.test["column"]])
     return [q.test["sign"] * of(q.side("a", s)[0]) for s in q.seeds]
 
 def by_fooled(q):

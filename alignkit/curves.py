@@ -6,7 +6,7 @@
 __all__ = ['JUDGES', 'SETTINGS', 'BACKPROP', 'RWR', 'METHODS', 'BLACK_BOX', 'EVERY', 'TASKS', 'COLUMNS', 'PANELS', 'SHORT',
            'ALIASES', 'KEPT', 'label', 'kept_epoch', 'judges_of', 'final_evaluation', 'summary', 'time_to',
            'task_config', 'compare', 'compare_rewards', 'score_and_truth', 'sample_strip', 'published', 'run_one',
-           'reproduce', 'report', 'of_entry', 'keep', 'record', 'reproduce_claims', 'main']
+           'reproduce', 'report', 'of_entry', 'keep', 'exams_of', 'record', 'reproduce_claims', 'main']
 
 # %% ../nbs/12_curves.ipynb #38943361
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,8 @@ import argparse, json, os, shutil, subprocess, sys, time, warnings
 import pandas as pd
 from PIL import Image
 from . import alignprop, ddpo, rwr
-from .claims import answer, of_claim, place, questions, read_rules, table, verdicts
+from .changes import measure_after
+from .claims import answer, of_claim, place, questions, read_rules, spelled, table, verdicts
 from .cost import Underway, follow, work_of
 from .folder import RunFolder, sheet_rows, write_atomic
 from .judges import evaluate_fixed, repeated
@@ -416,6 +417,14 @@ def keep(
     return read_run(to)
 
 # %% ../nbs/12_curves.ipynb #5eed0012
+def exams_of(
+    name:str,  # of an entry
+    rules:dict,
+) -> list[str]:  # names of prompt sets
+    "On which prompts the rules ask what a run has learned."
+    tests = [t for c in rules["claim"] for test in c["test"] for t in spelled(test)]
+    return sorted({t["exam"] for t in tests if "exam" in t and name in t["a"]})
+
 def record(
     name:str, seed:int,  # as for `of_entry`
     out:str|Path,  # worked on in out/work, kept in out/runs
@@ -426,9 +435,12 @@ def record(
     reward, prompts, cfg = of_entry(name, seed, rules)
     entry = lookup({e["id"]: e for e in rules["run"]}, name, "name")
     run = METHODS[entry["method"]][0].train("tiny", reward, prompts, cfg, out=place(name, seed, rules, Path(out) / "work"), resume=True)
-    if cfg.trainable == "lora": final_evaluation(run, reward)  # a run of all weights keeps no adapter to look at again
+    if cfg.trainable == "lora":  # a run of all weights keeps no adapter to look at again
+        final_evaluation(run, reward)
+        if entry.get("after"): measure_after(run, entry["after"], exams_of(name, rules), reward)
     return keep(run, place(name, seed, rules, out, again=(place(name, seed, rules) / "config.json").is_file()))
 
+# %% ../nbs/12_curves.ipynb #5eed0014
 def reproduce_claims(
     numbers:list[int],  # of claims
     out:str|Path,
