@@ -6,7 +6,7 @@
 __all__ = ['ADVANTAGES', 'PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'pair_log_prob', 'standardise', 'PromptStats', 'BatchStats',
            'GroupStats', 'per_prompt', 'per_batch', 'per_group', 'DDPOConfig', 'preset', 'update_groups',
            'kept_steps_of', 'pair_batches', 'gather', 'advantages_of', 'recomputes', 'recomputed',
-           'pair_log_prob_and_kl', 'penalised', 'pair_terms', 'train']
+           'pair_log_prob_and_kl', 'penalised', 'pair_terms', 'first_of', 'train']
 
 # %% ../nbs/08_ddpo.ipynb #51f3cb41
 from collections import defaultdict, deque
@@ -336,6 +336,14 @@ def pair_terms(
         base_step = base_policy(job.model.net, policy_of(job, cond[row], job.model.net))
         return pair_log_prob_and_kl(step, base_step, walks, row, at, reduction)
 
+# %% ../nbs/08_ddpo.ipynb #56243a14
+def first_of(
+    job:Job,
+    updates:list[dict],  # of an epoch
+) -> dict:  # nothing where nothing is clipped
+    "How many pairs were past the clip before an epoch's first update: none, unless rounding put them there."
+    return dict(clipfrac_first=report(job, updates[:1])["clipfrac"]) if "clipfrac" in updates[0] else {}
+
 # %% ../nbs/08_ddpo.ipynb #56243a13
 def train(
     pipe=Default("tiny"),  # a name, a folder, a hub id or a loaded pipeline, which is changed in place (precision, adapter); see `pipelines.load`
@@ -377,7 +385,7 @@ def train(
                 old = recomputed(job, walks, cond, batches) if recomputes(job) else walks.log_probs
                 updates = [update(job, pairs, loss_of) for pairs in counted(job, batches)]
             if ratios: latest.ratios = torch.cat(ratios).cpu()
-            if record(job, epoch, rewards, latest, **report(job, updates), **columns, **clock): break
+            if record(job, epoch, rewards, latest, **report(job, updates), **first_of(job, updates), **columns, **clock): break
             walks = cond = latest = None  # not beside the next epoch's
         finish(job)
     return job.run

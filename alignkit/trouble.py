@@ -29,6 +29,8 @@ COLUMNS = {  # of `run.history`: name -> unit, meaning, what it means when it le
                   "near 0: `still`; far beyond the clip: `far`"),
     "clipfrac": ("share", "DDPO_IS: pairs whose ratio is further than `clip_range` from 1, on either side",
                  "0: see `still`; most of them: `clipped`"),
+    "clipfrac_first": ("share", "DDPO_IS: the same before the epoch's first update, when the policy is still the one that drew",
+                       "above 0: old log-probs are rounded otherwise than new ones, or another network trains than drew: `off`"),
     "ratio_off": ("", "DDPO_IS: the largest distance of a ratio from 1 in the epoch",
                   "above a tenth of `clip_range` where an epoch has a single update: `off`"),
     "kl_base": ("nats", "with `kl_weight`: divergence of a step from the base model's, mean over the pairs", "it runs away: `drift`"),

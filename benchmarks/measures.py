@@ -110,11 +110,12 @@ MEASURES = dict(memory_plan=memory_plan, memory_k=memory_k, flops=flops, line=li
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=MEASURES)
+    parser.add_argument("what", nargs="*", help=", ".join(MEASURES))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--worker", help="for the processes of the measurement itself")
     a = parser.parse_args()
     if a.worker: return print(json.dumps(updated(*json.loads(a.worker))))
+    if odd := set(a.what) - set(MEASURES): parser.error(f"what: some of {', '.join(MEASURES)}, got {', '.join(sorted(odd))}")
     from alignkit.folder import environment, write_atomic
     for name in a.what:
         began, gives = time.perf_counter(), MEASURES[name]()

@@ -3,12 +3,12 @@ import subprocess
 from types import SimpleNamespace
 import pandas as pd
 import pytest
-from alignkit import curves
+from alignkit import curves, ddpo, mdp
 from alignkit.curves import final_evaluation, reproduce
 from alignkit.runs import read_run
 
 FEW = """
-from alignkit import curves
+from alignkit import curves, ddpo, mdp
 curves.SHORT.update(samples_per_epoch=16, eval_samples=12, num_inference_steps=6, eval_rewards=("clip_named",))
 """
 
@@ -94,3 +94,15 @@ def test_the_command_line_judges_claims(monkeypatch, capsys):
     assert asked == [([3], "runs/claims", False, 1)]
     told = capsys.readouterr().out
     assert "claim 3: in part" in told and "AlignProp reaches DDPO's reward many times faster" in told and "1 2 3" in told
+
+
+def test_the_peers_order_of_rounding_loses_pairs_before_any_update():
+    "In bf16 with the peers' clip: scored before rounding, pairs are past it while no weight has moved; in our order none is."
+    few = dict(num_epochs=1, samples_per_epoch=8, updates_per_epoch=2, num_inference_steps=4, eval_every=0, eval_rewards=(), progress=False)
+    def first(**how):
+        cfg = ddpo.DDPOConfig(**few, mixed_precision="bf16", clip_range=1e-4, **how)
+        return ddpo.train("tiny", "jpeg_compressibility", "simple_animals", cfg).history.clipfrac_first[0]
+    assert first() == 0
+    walk = mdp.walk
+    with curves.score_then_round(): assert first(recompute_log_probs=False) > 0.1
+    assert mdp.walk is walk
