@@ -33,6 +33,9 @@ def text_of(output):
     return re.sub(r" at 0x[0-9a-f]+", "", "".join(shown)) if output.get("data", {}).get("image/png") is None else ""
 
 
+def texts_of(outputs): return "".join(map(text_of, outputs))  # a kernel may hand over what is printed in pieces
+
+
 def run(cells):
     "These cells in a fresh kernel; their outputs."
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
@@ -71,7 +74,7 @@ def test_the_verdicts_are_those_of_the_runs():
 
 def test_every_output_of_the_page_is_that_of_the_runs(curves):
     for cell, outputs in curves[1]:
-        stored, now = [text_of(o) for o in cell["outputs"]], [text_of(o) for o in outputs]
+        stored, now = texts_of(cell["outputs"]), texts_of(outputs)
         assert stored == now, f"12_curves, cell {cell['id']}: what is stored is not what the runs give; execute the page"
 
 
@@ -98,9 +101,9 @@ def test_the_readme_has_the_same_table():
     outputs = run([source(cells[1]), *map(source, needed), *map(source, asked)])[1 + len(needed):]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for cell, now in zip(asked, outputs):
-        stored, now = [text_of(o) for o in cell["outputs"]], [text_of(o) for o in now]
+        stored, now = texts_of(cell["outputs"]), texts_of(now)
         assert stored == now, f"index, cell {cell['id']}: what is stored is not what the runs give; execute the page"
-        for row in "".join(now).splitlines():
+        for row in now.splitlines():
             cells_of_row = [x.strip() for x in re.sub(r"\]\([^)]*\)", "]", row).split("|") if x.strip(" -:")]
             for words in cells_of_row: assert words in re.sub(r"\]\([^)]*\)", "]", readme), f"README: {words}"
 
