@@ -333,7 +333,7 @@ STATISTICS = dict(
 NEEDS = dict(exam="exams", picture="pictures", style="pictures", halves="halves", path="mixing", fooled="witness")  # of eval_after.json
 COLUMN = dict(share_left=DISTANCE, share_left_at_level=DISTANCE, past_clip="clipfrac_first")  # of the history
 
-# %% ../nbs/11d_claims.ipynb #6c39ed07
+# %% ../nbs/11d_claims.ipynb #d4367cf1
 def _by_prompt(exam):
     "Sum of the pictures' gains in spreads, and number of pictures, prompt by prompt."
     gains = (np.array(exam["kept"]) - np.array(exam["base"])) / np.std(exam["base"], ddof=1)
@@ -358,14 +358,14 @@ def over_prompts(
     low, high = np.percentile(drawn.mean(0), [2.5, 97.5])
     return float(low), float(high)
 
-# %% ../nbs/11d_claims.ipynb #d4367cf1
+# %% ../nbs/11d_claims.ipynb #4aa5b3bf
 def _find(name, seed, rules, data):
     "A finished run, or None; its second making where there is one."
     for again, root in product((True, False), data or [data_dir()]):
         folder = place(name, seed, rules, root, again)
         if (folder / "config.json").is_file(): return read_run(folder)
 
-# %% ../nbs/11d_claims.ipynb #6a47c7a6
+# %% ../nbs/11d_claims.ipynb #89915f97
 def measured(
     data:tuple=(),  # folders, the first that has a measurement gives it; empty: the kit's own data
 ) -> dict:  # name -> number, or a list of them
@@ -386,7 +386,7 @@ def _lacks(test, run):
     if test["statistic"] in ("final_gain", "front", "dominated"): return not (run.folder.path / "eval_final.json").is_file()
     return column is not None and column not in run.history
 
-# %% ../nbs/11d_claims.ipynb #fb885a82
+# %% ../nbs/11d_claims.ipynb #5d2f5428
 def question(
     claim:dict, test:dict,  # of the rules, spelled out
     rules:dict,
@@ -408,7 +408,7 @@ def _of_numbers(claim, test, rules, data):
     lacks = [(m, None) for m in claim["measures"] if not entries[m].get("optional") and not set(entries[m]["gives"]) <= set(numbers)]
     return Question(claim, test, seeds or (0,), len(seeds), tuple(lacks), {}, numbers, rules)
 
-# %% ../nbs/11d_claims.ipynb #4aa5b3bf
+# %% ../nbs/11d_claims.ipynb #40350d0e
 def answer(
     q:Question,
 ) -> dict:  # a row of `verdicts`
@@ -427,7 +427,7 @@ def answer(
     prompts = over_prompts(q) if d and test["statistic"] == "exam" else (math.nan, math.nan)
     return dict(row, seeds=len(d), **ends, low_prompts=prompts[0], high_prompts=prompts[1], d=" ".join(f"{x:.4g}" for x in d), verdict=word)
 
-# %% ../nbs/11d_claims.ipynb #89915f97
+# %% ../nbs/11d_claims.ipynb #837891bc
 def questions(
     claim:dict,  # of the rules
     rules:dict,
@@ -455,7 +455,7 @@ def of_claim(
     so_far = len(told) < len(words) or told.str.endswith("so far").any()
     return ("seen" if whole else "not seen" if none else "in part") + (", so far" if so_far else "")
 
-# %% ../nbs/11d_claims.ipynb #837891bc
+# %% ../nbs/11d_claims.ipynb #4278120b
 def _effects(tests):
     "The tests that decide, by their id, in words."
     def told(group):
