@@ -159,7 +159,7 @@ def measure_after(
         if what == "exams": found |= _exams(run, model, epoch, reward, exams)
         if what == "pictures": found |= _pictures(run, model, epoch, reward)
         if what == "mixing": found |= _mixing(run, epoch) if epoch >= 0 else dict(mixing=None)  # there is no adapter to mix
-        if what == "halves": found |= dict(halves=halves(model, *_as_final(run, 48)[::-1]) if epoch >= 0 else None)
+        if what == "halves": found |= dict(halves=halves(model, *_as_final(run, min(48, c["eval_samples"]))[::-1]) if epoch >= 0 else None)
         if what == "witness": found |= dict(witness=_witness(run, model, at))
         write_atomic(file, json.dumps(found))
     return found

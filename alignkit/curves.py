@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image
 from . import alignprop, ddpo, mdp, rwr
 from .changes import measure_after
-from .claims import answer, of_claim, place, questions, read_rules, spelled, table, verdicts
+from .claims import answer, of_claim, place, questions, read_rules, spelled
 from .cost import Underway, follow, work_of
 from .folder import RunFolder, sheet_rows, write_atomic
 from .judges import evaluate_fixed, repeated

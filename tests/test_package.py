@@ -204,6 +204,12 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     trouble="""
         from alignkit.trouble import about, diagnose
         assert about('wall_s')[0] == 's' and all(finding.todo for finding in diagnose(run))""",
+    changes="""
+        from alignkit.changes import descriptors
+        assert descriptors(torch.full((1, 3, 16, 16), 0.5))['flat'].item() == 1.""",
+    claims="""
+        from alignkit.claims import decide, verdicts
+        assert decide([0.2, 0.3, 0.4], 0., 0.1, 0.) == 'seen' and verdicts().claim.nunique() == 20""",
     curves="""
         from alignkit.curves import task_config
         from alignkit.runs import read_run
