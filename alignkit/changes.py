@@ -6,7 +6,7 @@
 __all__ = ['FRAME', 'LUMA', 'AFTER', 'descriptors', 'halves', 'measure_after']
 
 # %% ../nbs/11c_changes.ipynb #b3757dfd
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 import json
 import torch
@@ -16,9 +16,9 @@ from .evaluate import mixing_path
 from .folder import image_grid, write_atomic
 from .judges import evaluate_each, repeated
 from .mdp import Drawing, batches, draw, rollout
-from .pipelines import adapter_off, add_lora, load_lora, open_model
+from .pipelines import adapter_off, add_lora, load_lora, open_model, without_adapters
 from .prompts import get_prompts
-from .rewards import get_reward
+from .rewards import get_reward, get_rewards
 from .runs import Run, evaluations, watch
 from .training import drawing
 
@@ -81,19 +81,20 @@ def halves(
     return {f"{name}_{when}": share(x, part) for when, x in some.items() for name, part in (("coarse", coarse), ("fine", fine))}
 
 # %% ../nbs/11c_changes.ipynb #2fb7fe54
+@contextmanager
 def _taken_up(run):
-    "The run's model with its adapter at the base; and a function that puts an epoch's weights in."
+    "The run's model with an adapter to fill, and a function that puts an epoch's weights in. Afterwards its pipeline is as it was found."
     c = run.config
     model = open_model(run.pipe or c["pipe"], c.get("height"), c.get("width"))
-    if not getattr(model.net, "peft_config", None):
-        add_lora(model.net, c["lora_rank"], c["lora_alpha"], tuple(c["lora_targets"]), c["seed"])
     def at(epoch):
         folder = run.folder.path / "checkpoints" / f"epoch_{epoch:04d}"
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: this checkpoint is needed to look at the adapter; "
                                     "train with save_every=eval_every and a large keep_checkpoints")
         load_lora(model.net, folder)
-    return model, at
+    with without_adapters(model.net):
+        add_lora(model.net, c["lora_rank"], c["lora_alpha"], tuple(c["lora_targets"]), c["seed"])
+        yield model, at
 
 def _before_and_after(model, epoch, fn):
     "What `fn()` gives without the adapter and with it; the same twice where no epoch was better than the base model."
@@ -110,14 +111,18 @@ def _rewarded(model, reward, texts, how):
     return images, rewards.tolist()
 
 # %% ../nbs/11c_changes.ipynb #07900ed3
+def _unsat(run, names, found):
+    "The exams that were not sat yet, the run's own prompts first."
+    return [name for name in dict.fromkeys((run.config["prompts"], *names)) if name not in found.get("exams", {})]
+
 def _exams(run, model, epoch, reward, names):
     "Rewards picture by picture, on noise that is the same for every seed."
     how, found = replace(drawing(run.config, "exam"), seed=0, batch_size=64), {}
-    for name in dict.fromkeys((run.config["prompts"], *names)):
+    for name in names:
         texts = repeated(get_prompts(name).texts, run.config["eval_samples"])
         base, kept = _before_and_after(model, epoch, lambda: _rewarded(model, reward, texts, how)[1])
         found[name] = dict(prompts=texts, base=base, kept=kept)
-    return dict(exams=found)
+    return found
 
 def _pictures(run, model, epoch, reward):
     "Nine numbers and the reward of each picture of the final evaluation, and eight of them to look at."
@@ -128,11 +133,12 @@ def _pictures(run, model, epoch, reward):
     numbers = [{k: v.tolist() for k, v in descriptors(images).items()} for images, _ in sides]
     return dict(pictures=dict(zip(("base", "kept"), numbers)), final_rewards=dict(prompts=texts, base=sides[0][1], kept=sides[1][1]))
 
-def _mixing(run, epoch):
-    "Rewards and distance from the base model along the mixtures with it."
+def _mixing(run, model, epoch, reward):
+    "Rewards, the run's own among them, and distance from the base model along the mixtures with it."
     kept = run.folder.path / "checkpoints" / f"epoch_{epoch:04d}"
     some = dict(prompts=run.config["eval_prompts"], num_samples=min(48, run.config["eval_samples"]))
-    path = mixing_path("base", kept, how=_as_final(run)[0], **some)
+    rewards = {r.name: r for r in (reward, *get_rewards(("tiny_aesthetic", "gold", "clip_named")))}
+    path = mixing_path("base", kept, rewards=tuple(rewards.values()), how=_as_final(run)[0], pipe=model.pipe, **some)
     wide = path.pivot(index="coefficient", columns="measure", values="mean")
     return dict(mixing=dict(coefficient=wide.index.tolist(), **{str(k): wide[k].tolist() for k in wide}))
 
@@ -151,17 +157,19 @@ def measure_after(
     epoch = watch(run.eval_base, run.rows, "clip_named", 0.15, patience=len(run.rows) + 2)[1]
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if found.get("epoch") != epoch: found = dict(epoch=epoch)  # the run went on
-    todo = [w for w in wanted if w not in found or w == "exams" and set(exams) - set(found["exams"])]
+    todo = [w for w in wanted if w not in found or w == "exams" and _unsat(run, exams, found)]
     if not todo: return found
-    (model, at), reward = _taken_up(run), get_reward(reward or c["reward"])
-    if epoch >= 0: at(epoch)
-    for what in todo:
-        if what == "exams": found |= _exams(run, model, epoch, reward, exams)
-        if what == "pictures": found |= _pictures(run, model, epoch, reward)
-        if what == "mixing": found |= _mixing(run, epoch) if epoch >= 0 else dict(mixing=None)  # there is no adapter to mix
-        if what == "halves": found |= dict(halves=halves(model, *_as_final(run, min(48, c["eval_samples"]))[::-1]) if epoch >= 0 else None)
-        if what == "witness": found |= dict(witness=_witness(run, model, at))
-        write_atomic(file, json.dumps(found))
+    reward, some = get_reward(reward or c["reward"]), min(48, c["eval_samples"])
+    with _taken_up(run) as (model, at):
+        for what in todo:
+            if epoch >= 0: at(epoch)  # each time: the witness leaves the last epoch's weights behind
+            if what == "exams":
+                found["exams"] = {**found.get("exams", {}), **_exams(run, model, epoch, reward, _unsat(run, exams, found))}
+            if what == "pictures": found |= _pictures(run, model, epoch, reward)
+            if what == "mixing": found |= _mixing(run, model, epoch, reward) if epoch >= 0 else dict(mixing=None)  # no adapter to mix
+            if what == "halves": found |= dict(halves=halves(model, *_as_final(run, some)[::-1]) if epoch >= 0 else None)
+            if what == "witness": found |= dict(witness=_witness(run, model, at))
+            write_atomic(file, json.dumps(found))
     return found
 
 def _witness(run, model, at):
