@@ -63,7 +63,7 @@ def evaluate_fixed(
     return evaluate_each(model, reward, texts, how, others, epoch)[:2]
 
 # %% ../nbs/06a_judges.ipynb #c51a4e75
-EMOJI_JUDGES = ("clip_named", "clip_diversity", "clip_diversity_all", "gold", "tiny_aesthetic", "tiny_alignment")  # rewards
+EMOJI_JUDGES = ("clip_named", "clip_diversity", "clip_diversity_all", "gold", "tiny_aesthetic", "tiny_alignment", "witness_named")  # rewards
 
 def embedded(
     pipe,  # diffusers pipeline

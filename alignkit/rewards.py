@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['jpeg_incompressibility', 'jpeg_compressibility', 'kit_clip', 'CLIP_MEAN', 'CLIP_STD', 'clip_named', 'clip_diversity',
            'clip_diversity_all', 'REWARDS', 'UNITS', 'to_uint8', 'jpeg_size_kb', 'check_images', 'Reward', 'load_clip',
-           'embed_images', 'embed_texts', 'name_images', 'with_unit', 'weighted_sum', 'get_reward', 'get_rewards',
-           'with_gradient', 'names_of_parts', 'hear_parts', 'RewardError', 'NonFiniteReward', 'score', 'not_a_number',
-           'check_alone', 'networks_of', 'at_rest']
+           'embed_images', 'embed_texts', 'name_images', 'animals_in', 'with_unit', 'weighted_sum', 'get_reward',
+           'get_rewards', 'with_gradient', 'names_of_parts', 'hear_parts', 'RewardError', 'NonFiniteReward', 'score',
+           'not_a_number', 'check_alone', 'networks_of', 'at_rest']
 
 # %% ../nbs/05_rewards.ipynb #cdb05f76
 import inspect, io, math, operator, os, re, tempfile
@@ -175,15 +175,21 @@ def name_images(
     return [names[i] for i in best.tolist()]
 
 # %% ../nbs/05_rewards.ipynb #ab5628b7
+def animals_in(
+    prompts:list[str],
+) -> Tensor:  # (B,) places in `prompts.TINY_ANIMALS`
+    "Which animal of the embedded model each prompt names; a prompt without one is an error."
+    wanted = [next((i for i, a in enumerate(TINY_ANIMALS) if a in p.split()), -1) for p in prompts]
+    if -1 in wanted: raise ValueError(f"no animal of the embedded model in the prompt {prompts[wanted.index(-1)]!r}")
+    return torch.tensor(wanted)
+
 class _Named:
     "Whether the small CLIP, asked which of its 65 animals it sees, names the one in the prompt: 1, else 0. Loads its CLIP at first."
     name, differentiable = "clip_named", False
     def __call__(self, images, prompts):
         check_images(images)
         names = [f"{article(a)} {a}" for a in TINY_ANIMALS]
-        wanted = [next((i for i, a in enumerate(TINY_ANIMALS) if a in p.split()), -1) for p in prompts]
-        if -1 in wanted: raise ValueError(f"no animal of the embedded model in the prompt {prompts[wanted.index(-1)]!r}")
-        found = name_images(*kit_clip(), images.float().cpu(), names)
+        wanted, found = animals_in(prompts), name_images(*kit_clip(), images.float().cpu(), names)
         return torch.tensor([float(f == names[w]) for f, w in zip(found, wanted)])
 
 clip_named = Reward(_Named())
@@ -231,6 +237,7 @@ REWARDS = {
     "tiny_aesthetic": "alignkit.reward_model:tiny_aesthetic",
     "tiny_alignment": "alignkit.reward_model:tiny_alignment",
     "vqa": "alignkit.vlm_rewards:vqa",
+    "witness_named": "alignkit.witness:witness_named",
 }  # name -> "module:function": a reward (images, prompts), or a function without arguments that builds one; a callable of your own will do too
 UNITS = {
     "jpeg_compressibility": "kB",

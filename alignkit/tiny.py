@@ -6,8 +6,8 @@
 __all__ = ['SIZE', 'ANIMALS', 'GLYPHS', 'BACKGROUNDS', 'SPLITS', 'STAGES', 'STEPS', 'load_glyphs', 'background', 'paste',
            'render', 'seen_pairs', 'unseen_pairs', 'caption', 'example', 'dataset', 'make_tokenizer', 'make_clip',
            'make_vae', 'make_unet', 'make_scheduler', 'clip_loss', 'vae_loss', 'unet_loss', 'warm_cosine', 'fit',
-           'train_clip', 'encode_latents', 'set_scaling_factor', 'train_vae', 'train_unet', 'assemble', 'psnr',
-           'recognised', 'extract_glyphs', 'load_trained', 'save', 'build', 'main']
+           'spoiled', 'train_clip', 'encode_latents', 'set_scaling_factor', 'train_vae', 'train_unet', 'assemble',
+           'psnr', 'recognised', 'extract_glyphs', 'load_trained', 'save', 'build', 'main']
 
 # %% ../nbs/13_tiny.ipynb #8050e287
 import argparse, csv, json, math, os, shutil, time
@@ -380,7 +380,10 @@ def _tokens(tokenizer, texts):
     "Texts as ids, all as long as the model allows."
     return tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
 
-def _spoiled(x, g):
+def spoiled(
+    x:Tensor,  # (B, 3, H, W) in [0, 1]
+    g:torch.Generator,
+) -> Tensor:  # as x
     "Half of the pictures blurred a little, all made noisy a little."
     one_each = lambda: torch.rand(len(x), 1, 1, 1, generator=g)
     blur = one_each() * 0.9 * (one_each() < 0.5)
@@ -399,7 +402,7 @@ def train_clip(
     tokens = _tokens(tokenizer, texts)
     def loss_fn(g):
         i = torch.randint(len(captions), (batch_size,), generator=g)
-        x, which = _spoiled(images[i].float() / 255, g), label[i]
+        x, which = spoiled(images[i].float() / 255, g), label[i]
         out = clip.text_model(input_ids=tokens.input_ids[which], attention_mask=tokens.attention_mask[which])
         text = F.normalize(clip.text_projection(out.pooler_output), dim=-1)
         return clip_loss(embed_images(clip, x).float(), text.float(), clip.logit_scale.exp().clamp(max=100), which[:, None] == which[None])

@@ -221,6 +221,10 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         import numpy
         from alignkit.tiny import load_glyphs, render
         assert render('cat', 'riding a bike', numpy.random.default_rng(0), load_glyphs(GLYPHS)).shape == (64, 64, 3)""",
+    witness="""
+        from alignkit.witness import Witness, witness_named
+        some = torch.rand(2, 3, 64, 64)
+        assert Witness()(some).shape == (2, 65) and witness_named(some, ['a cat', 'a dog']).shape == (2,)""",
     cli="""
         from alignkit.cli import settings_in
         assert settings_in('ddpo')['clip_range'].default == '2e-3'""",
