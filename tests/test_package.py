@@ -101,6 +101,9 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     mdp="""
         from alignkit.mdp import draw
         assert tuple(draw(pipe, ['a cat', 'a dog'], num_inference_steps=2, guidance_scale=2.).shape) == (2, 3, 32, 32)""",
+    flow="""
+        from alignkit.flow import flow_levels, step_sensitivity
+        assert round(float(step_sensitivity(flow_levels(10, 3.), 0.7, 'flow_sde')[0]), 3) == 0.051""",
     logprob="""
         from alignkit.logprob import step_log_prob
         assert abs(step_log_prob(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 1)).item() + 0.9189385) < 1e-6""",
