@@ -15,7 +15,8 @@ import warnings
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from .mdp import generator_for, policy, predict_original, walk
+from .flow import noised, picture_of
+from .mdp import generator_for, policy, walk
 from .pipelines import Model, lookup
 from .rewards import NonFiniteReward, RewardError, check_alone, hear_parts, names_of_parts, score
 from .runs import Latest, Run
@@ -80,8 +81,7 @@ def backprop_rollout(
 def original(scheduler):
     "ReFL's end of the walk, as a sampler: the prediction of x_0 instead of the next latent, without noise."
     def sampler(model_output, i, sample):
-        x0 = predict_original(scheduler, model_output, scheduler.timesteps[i], sample)[0]
-        return x0, torch.zeros(1, 1, 1, 1, device=sample.device)
+        return picture_of(scheduler, model_output, i, sample), torch.zeros(1, 1, 1, 1, device=sample.device)
     return sampler
 
 def one_step_rollout(
@@ -109,7 +109,7 @@ def renoised_last_step(
     B, n, last = len(latents), noise.shape[1] - 1, len(model.scheduler.timesteps) - 1
     t = model.scheduler.timesteps[last].expand(n * B).to(latents.device)
     again = noise[:, :n].transpose(0, 1).flatten(0, 1).float()
-    x = model.scheduler.add_noise(latents.detach().float().repeat(n, 1, 1, 1), again, t).to(latents.dtype)
+    x = noised(model.scheduler, latents.detach().float().repeat(n, 1, 1, 1), again, t).to(latents.dtype)
     mean, std = step(last, x)
     return (mean + std * noise[:, n].repeat(n, 1, 1, 1).float()).to(latents.dtype)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADVANTAGES', 'PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'pair_log_prob', 'standardise', 'PromptStats', 'BatchStats',
            'GroupStats', 'per_prompt', 'per_batch', 'per_group', 'DDPOConfig', 'preset', 'update_groups',
-           'kept_steps_of', 'pair_batches', 'gather', 'advantages_of', 'recomputes', 'recomputed',
+           'kept_steps_of', 'steps_of', 'pair_batches', 'gather', 'advantages_of', 'recomputes', 'recomputed',
            'pair_log_prob_and_kl', 'penalised', 'pair_terms', 'first_of', 'train']
 
 # %% ../nbs/08_ddpo.ipynb #51f3cb41
@@ -19,6 +19,7 @@ from torch import Tensor
 from .compat import tf32_convolutions
 from .judges import base_policy
 from .logprob import kl_step, step_log_prob
+from .flow import sde_window
 from .mdp import Trajectory, generator_for, policy
 from .pipelines import Cond, lookup
 from .runs import Latest, Run
@@ -144,7 +145,11 @@ class DDPOConfig(TrainConfig):
     method:str = "ddpo_is"  # 'ddpo_is': importance sampling with clipping; 'ddpo_sf': REINFORCE, one update an epoch
     updates_per_epoch:int = 8  # optimiser steps an inner epoch; each uses samples_per_epoch / updates_per_epoch pictures
     num_inner_epochs:int = 1  # passes over an epoch's samples (ddpo-pytorch: 1)
-    timestep_fraction:float = 1.  # share of each trajectory's steps that is trained on (ddpo-pytorch: 1)
+    timestep_fraction:float = 1.  # share of each trajectory's steps that is trained on (ddpo-pytorch: 1); of those with noise
+    window:int|None = None  # so many steps of an epoch are drawn with noise and trained on, the others go by the ODE; None: all. See `flow.sde_window`
+    window_strategy:str = "mix"  # 'mix': the window slides a step an epoch; 'fast': it begins anywhere
+    window_first:int = 0  # it stays in [window_first, window_last)
+    window_last:int|None = None  # None: the end
     micro_batch_size:int|None = None  # (picture, timestep) pairs a forward; speed and memory only, never the update. None: chosen, see `memory_budget_gb`
     clip_range:float = 2e-3  # PPO half-width; ddpo-pytorch, TRL: 1e-4
     adv_clip_max:float = 5.  # ddpo-pytorch, TRL: 5; the JAX code: 10
@@ -181,7 +186,9 @@ def _renamed(saved):
 def _check_ddpo(cfg):
     "The settings of this page."
     cfg.one_of("method", "ddpo_is", "ddpo_sf")
-    cfg.need(cfg.eta > 0, "eta", "in (0, 1]; with eta=0 sampling is deterministic, a step has no density and nothing can be learned")
+    may = "in (0, 1]" if cfg.sampler == "ddim" else "greater than 0"
+    cfg.need(cfg.eta > 0, "eta", f"{may}; with eta=0 sampling is deterministic, a step has no density and nothing can be learned")
+    _check_window(cfg)
     cfg.one_of("log_prob_reduction", "mean", "sum")
     cfg.one_of("advantages", *ADVANTAGES)
     cfg.whole("num_inner_epochs", "stats_buffer_size", "stats_min_count")
@@ -193,6 +200,12 @@ def _check_ddpo(cfg):
     base = cfg.trainable == "lora" or not cfg.kl_weight
     cfg.need(base, "kl_weight", "the base model is the one without its adapter, so it needs trainable='lora'")
     if cfg.method == "ddpo_sf": _check_one_update(cfg)
+
+def _check_window(cfg):
+    cfg.one_of("window_strategy", "mix", "fast")
+    if cfg.window is None: return
+    try: sde_window(cfg.num_inference_steps, cfg.window, cfg.window_strategy, 0, 0, cfg.window_first, cfg.window_last)
+    except ValueError as e: raise ValueError(f"window, window_first, window_last: {e}") from e
 
 def _check_one_update(cfg):
     if cfg.updates_per_epoch * cfg.num_inner_epochs > 1:
@@ -239,17 +252,31 @@ def update_groups(
     size = cfg.samples_per_epoch // cfg.updates_per_epoch
     return [order[u * size + rank:(u + 1) * size:world] for u in range(cfg.updates_per_epoch)]
 
-def kept_steps_of(cfg): return max(1, int(cfg.num_inference_steps * cfg.timestep_fraction))
+def kept_steps_of(cfg, steps=None): return max(1, int((steps or cfg.window or cfg.num_inference_steps) * cfg.timestep_fraction))
+
+def steps_of(
+    job:Job, epoch:int,
+) -> list[int]:  # those that an epoch trains on
+    "The steps that have noise, inside the epoch's window where there is one; outside it the epoch is drawn without."
+    cfg, noisy = job.cfg, list(job.noisy)
+    if cfg.window is None: return noisy
+    where = cfg.seed, cfg.window_first, cfg.window_last
+    job.now.window = sde_window(cfg.num_inference_steps, cfg.window, cfg.window_strategy, epoch, *where)
+    steps = [i for i in job.now.window if i in noisy]
+    if steps: return steps
+    raise ValueError(f"window: no step of {list(job.now.window)} has noise with sampler={cfg.sampler!r}; keep to {noisy} by window_last")
 
 def pair_batches(
     cfg:DDPOConfig,
     epoch:int, inner:int, update:int,  # which update
     rows:list[int],  # this process's pictures of the group, as rows of its tensors
     indices:list[int],  # the same pictures by their index in the epoch
+    among=None,  # the steps to choose from; None: all
 ) -> list[tuple[Tensor, Tensor]]:  # micro-batches of (row, step) pairs
     "The (picture, timestep) pairs of one update, shuffled together: large micro-batches of mixed timesteps are what makes training fast."
-    S, kept = cfg.num_inference_steps, kept_steps_of(cfg)
-    steps = [torch.randperm(S, generator=generator_for(cfg.seed, f"timesteps {inner}", epoch, i))[:kept] for i in indices]
+    among = torch.arange(cfg.num_inference_steps) if among is None else torch.as_tensor(among)
+    n, kept = len(among), kept_steps_of(cfg, len(among))
+    steps = [among[torch.randperm(n, generator=generator_for(cfg.seed, f"timesteps {inner}", epoch, i))[:kept]] for i in indices]
     row, step = torch.tensor(rows).repeat_interleave(kept), torch.cat(steps)
     mix = torch.randperm(len(row), generator=generator_for(cfg.seed, f"pairs {inner}", epoch, update))
     return list(zip(row[mix].split(cfg.micro_batch_size), step[mix].split(cfg.micro_batch_size)))
@@ -259,13 +286,14 @@ def gather(
     job:Job, epoch:int,
     indices:list[int],  # this process's pictures
     texts:list[str],  # the prompts of all pictures of the epoch
+    steps=None,  # that are scored, see `steps_of`; None: all
 ) -> tuple[Trajectory, Tensor, Latest, dict]:  # this process's walks; all rewards; the first pictures; columns of the record
     "Draw and score an epoch, and keep the walks in one piece."
     n, S = len(indices), job.cfg.num_inference_steps
     walks = Trajectory(torch.empty(n, *job.noise_shape, dtype=job.dtype, device=job.device), torch.empty(n, S, device=job.device))
     def keep(rows, part): walks.latents[rows], walks.log_probs[rows] = part.latents, part.log_probs
     def scored(*step): return step_log_prob(*step, job.cfg.log_prob_reduction)
-    return walks, *sample(job, epoch, indices, texts, keep, scored)
+    return walks, *sample(job, epoch, indices, texts, keep, scored, steps)
 
 # %% ../nbs/08_ddpo.ipynb #e183f628
 def advantages_of(
@@ -366,7 +394,8 @@ def train(
             groups, clock = update_groups(cfg, epoch, job.rank, job.world), Clock()
             mine = [i for group in groups for i in group]
             texts = prompts_of(job, epoch)
-            walks, rewards, latest, columns = gather(job, epoch, mine, texts)
+            steps = steps_of(job, epoch)
+            walks, rewards, latest, columns = gather(job, epoch, mine, texts, steps)
             A, cond = advantages_of(job, epoch, stats, texts, rewards)[mine].to(job.device), embed(job, [texts[i] for i in mine])
             ratios = []
 
@@ -381,7 +410,7 @@ def train(
             with clock("train_s"):
                 starts = [0, *running_sum(map(len, groups))]
                 passes = list(product(range(cfg.num_inner_epochs), range(cfg.updates_per_epoch)))
-                batches = [pair_batches(cfg, epoch, inner, u, range(starts[u], starts[u + 1]), groups[u]) for inner, u in passes]
+                batches = [pair_batches(cfg, epoch, inner, u, range(starts[u], starts[u + 1]), groups[u], steps) for inner, u in passes]
                 old = recomputed(job, walks, cond, batches) if recomputes(job) else walks.log_probs
                 updates = [update(job, pairs, loss_of) for pairs in counted(job, batches)]
             if ratios: latest.ratios = torch.cat(ratios).cpu()

@@ -109,6 +109,7 @@ def _divergences(model, step, base_step, noise):
     for i, x, mean, std, _ in walk(step, noise):
         mean_base, std_base = base_step(i, x)
         t = int(model.scheduler.timesteps[i])
+        if model.prediction == "flow" and not (std > 0).any(): continue  # its last step has no noise with most samplers
         if not (std > 0).all():
             raise ValueError(f"drift: std_dev_t is 0 at timestep {t}, where a step has no density "
                              "(set_alpha_to_one=True does this to the last one)")
@@ -123,7 +124,7 @@ def drift(
     how:Drawing|None=None,  # None: the defaults with the noise of evaluations; eta above 0: for a policy that draws with 0, measure at 1
     base=None,  # another model to measure from; None: this one with its adapter off
     **changes,  # fields of `how` to set otherwise
-) -> Tensor:  # (B, S) nats, float32: KL(policy step || base step) along trajectories that the policy draws
+) -> Tensor:  # (B, S) nats, float32: KL(policy step || base step) along trajectories that the policy draws; of a flow model the steps with noise
     "Exact divergence of each sampling step from the base model's."
     how = replace(how or Drawing(purpose="eval"), **changes)
     model, base = (None if m is None else with_density(open_model(m, how.height, how.width)) for m in (model, base))

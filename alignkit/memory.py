@@ -179,8 +179,30 @@ _UNET_XL = dict(
     use_linear_projection=True, transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), projection_class_embeddings_input_dim=2816)
+_VAE_16 = {**_VAE, "latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
+_T5_XXL = dict(
+    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False)
+_MMDIT = dict(
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, joint_attention_dim=4096, pooled_projection_dim=2048,
+    attention_head_dim=64, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
+_MMDIT_35 = {**_MMDIT, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
+_FLOW = "diffusers", "FlowMatchEulerDiscreteScheduler", dict(shift=3.)
+_FLUX_FLOW = "diffusers", "FlowMatchEulerDiscreteScheduler", dict(shift=3., use_dynamic_shifting=True)
 _DDIM = "diffusers", "DDIMScheduler", dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
+
+
+
+# %% ../nbs/06f_plan.ipynb #ad82d065
+def _sd3(transformer):
+    "Stable Diffusion 3 or 3.5, T5 included."
+    clip = "transformers", "CLIPTextModelWithProjection"
+    return dict(
+        pipeline="StableDiffusion3Pipeline", scheduler=_FLOW,
+        vae=("diffusers", "AutoencoderKL", {**_VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609}),
+        transformer=("diffusers", "SD3Transformer2DModel", transformer), text_encoder=(*clip, _CLIP_L), text_encoder_2=(*clip, _CLIP_BIGG),
+        text_encoder_3=("transformers", "T5EncoderModel", _T5_XXL))
 
 ARCHITECTURES = {  # from the published config.json files: class of the pipeline, and of each part its module, class and config
     "sd15": dict(
@@ -192,10 +214,18 @@ ARCHITECTURES = {  # from the published config.json files: class of the pipeline
         vae=("diffusers", "AutoencoderKL", {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025}),
         unet=("diffusers", "UNet2DConditionModel", _UNET_XL), text_encoder=("transformers", "CLIPTextModel", _CLIP_L),
         text_encoder_2=("transformers", "CLIPTextModelWithProjection", _CLIP_BIGG)),
+    "sd3": _sd3(_MMDIT),
+    "sd35-medium": _sd3(_MMDIT_35),
+    "flux": dict(
+        pipeline="FluxPipeline", scheduler=_FLUX_FLOW,
+        vae=("diffusers", "AutoencoderKL", {**_VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+        transformer=("diffusers", "FluxTransformer2DModel", dict(guidance_embeds=True)),
+        text_encoder=("transformers", "CLIPTextModel", _CLIP_L), text_encoder_2=("transformers", "T5EncoderModel", _T5_XXL)),
 }
 PUBLISHED = {  # hub ids that are planned without a download
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15", "CompVis/stable-diffusion-v1-4": "sd15",
-    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium", "black-forest-labs/FLUX.1-dev": "flux"}
 
 # %% ../nbs/06f_plan.ipynb #04834547
 def _config(part):
@@ -218,7 +248,7 @@ def _folder_architecture(folder):
     return described
 
 def architecture(
-    pipe,  # 'tiny', 'sd15', 'sdxl' or the hub id of one, a folder in diffusers format, a loaded pipeline or a `Model`
+    pipe,  # 'tiny', a name of `ARCHITECTURES` such as 'sd15' or 'sd3', the hub id of one, a folder in diffusers format, a loaded pipeline or a `Model`
 ) -> dict:  # class of the pipeline, and of each part its module, class and config; no weights are read
     "What a plan needs to know of a pipeline."
     if isinstance(pipe, Model): pipe = pipe.pipe
@@ -606,7 +636,7 @@ def _sized(cfg, world):
     return cfg.sized(math.prod(_copy(world).model.latent_shape[-2:])) if hasattr(cfg, "sized") else cfg
 
 def plan(
-    pipe,  # 'tiny', 'sd15', 'sdxl' or the hub id of one, a folder in diffusers format (no weights are read), a loaded pipeline or a `Model`
+    pipe,  # 'tiny', a name of `ARCHITECTURES` or its hub id, a folder in diffusers format (no weights are read), a loaded pipeline or a `Model`
     cfg,  # a method's config: DDPOConfig, RWRConfig, AlignPropConfig or another one that brings `phases` and `knobs`
     *,
     resolution:int|tuple|None=None,  # pixels a side, or (height, width); None: as cfg says, else the pipeline's own

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'FAMILIES', 'SERVED', 'OURS', 'OFF_THE_PATH', 'ATTENTION', 'ADAPTABLE', 'WEIGHTS', 'data_dir', 'quiet',
-           'cast', 'lookup', 'modules_of', 'family', 'check_parts', 'load', 'tell_cut', 'tokens', 'encode', 'decode',
-           'Cond', 'Model', 'latent_shape', 'pixels', 'ddim_scheduler', 'guidance_embedding', 'open_sd', 'open_model',
-           'guided', 'check_not_fused', 'drop_adapters', 'add_lora', 'named', 'pattern_fits', 'adapter_off',
-           'without_adapters', 'part_name', 'adapter_name', 'lora_layers', 'lora_state', 'bare', 'check_names',
-           'adapted_encoders', 'save_lora', 'read_lora', 'put_lora', 'load_lora', 'lora_form', 'lora_sha256',
-           'find_lora', 'check_fit', 'plain_weights', 'save_pipeline']
+           'cast', 'lookup', 'modules_of', 'family', 'check_hooks', 'check_parts', 'load', 'tell_cut', 'tokens',
+           'encode', 'decode', 'Cond', 'Model', 'latent_shape', 'pixels', 'ddim_scheduler', 'guidance_embedding',
+           'open_sd', 'open_model', 'guided', 'check_not_fused', 'drop_adapters', 'add_lora', 'named', 'pattern_fits',
+           'adapter_off', 'without_adapters', 'part_name', 'adapter_name', 'lora_layers', 'lora_state', 'bare',
+           'check_names', 'adapted_encoders', 'save_lora', 'read_lora', 'put_lora', 'load_lora', 'lora_form',
+           'lora_sha256', 'find_lora', 'check_fit', 'plain_weights', 'save_pipeline']
 
 # %% ../nbs/01_pipelines.ipynb #353297a0
 from collections import Counter
@@ -75,6 +75,8 @@ def lookup(
 FAMILIES = {  # class of the diffusers pipeline -> its `open` function, which makes a `Model` of it
     "StableDiffusionPipeline": "alignkit.pipelines:open_sd",
     "StableDiffusionXLPipeline": "alignkit.families:open_sdxl",
+    "StableDiffusion3Pipeline": "alignkit.mmdit:open_sd3",
+    "FluxPipeline": "alignkit.mmdit:open_flux",
 }
 
 SERVED = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "text_time"}  # what their networks are told besides, see `check_parts`
@@ -111,7 +113,9 @@ def _inputs(pipe, added):
         (c.addition_embed_type != added, f"has addition_embed_type={c.addition_embed_type!r} where the pipeline's class serves {added!r}"),
     ]
 
-def _check_hooks(pipe):
+def check_hooks(
+    pipe,  # diffusers pipeline
+):
     "Refuse hooks that come between a network and whoever calls it."
     for part in modules_of(pipe):
         if not (hooks := hooks_of(part)): continue
@@ -130,7 +134,7 @@ def check_parts(
     widths = [getattr(pipe, name).config.hidden_size for name in encoders]
     if c.encoder_hid_dim_type is None and sum(widths) != c.cross_attention_dim:
         raise ValueError(f"pipe: its network reads embeddings of width {c.cross_attention_dim}, its text encoders give {widths}")
-    if hasattr(pipe, "components"): _check_hooks(pipe)
+    if hasattr(pipe, "components"): check_hooks(pipe)
     if getattr(pipe, "safety_checker", None) is not None:
         warnings.warn("pipe: its safety checker is not asked; what the kit draws is not blackened by it (safety_checker=None says so)")
 
@@ -157,8 +161,9 @@ def _read(source, dtype):
     "A pipeline from a folder or the hub, without its safety checker."
     with quiet():
         from diffusers import DiffusionPipeline
-        checked = DiffusionPipeline.load_config(source).get("_class_name") == "StableDiffusionPipeline"
-        without = dict(safety_checker=None, requires_safety_checker=False) if checked else {}
+        index = DiffusionPipeline.load_config(source)
+        without = {name: None for name, entry in index.items() if entry == [None, None]}  # a part that is said not to be there, such as a T5
+        if index.get("_class_name") == "StableDiffusionPipeline": without |= dict(safety_checker=None, requires_safety_checker=False)
         pipe = DiffusionPipeline.from_pretrained(source, variant=_variant(source), **without)
     family(pipe)
     for part in modules_of(pipe): cast(part, dtype)
@@ -284,6 +289,7 @@ class Model:
     frozen:tuple  # the other networks: the decoder first, then the text encoders
     context:dict  # name -> shape of one prompt's row in a Cond: what a memory plan asks
     guidance:Callable|None=None  # guidance_scale -> (d,): the scale as a network is told it that was taught to guide itself (LCM); None: it was not
+    set_levels:Callable|None=None  # (S, levels), see `mdp.set_levels`; None: the scheduler's own set_timesteps
 
 # %% ../nbs/01_pipelines.ipynb #f1d08a16
 def latent_shape(

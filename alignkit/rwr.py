@@ -13,6 +13,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from .flow import noised
 from .mdp import generator_for
 from .pipelines import Cond, Model, guided, lookup
 from .runs import Latest, Run
@@ -74,12 +75,13 @@ def denoising_loss(
 ) -> Tensor:  # (B,) float32: weight times the mean squared error over latent elements
     "Noise the picture, predict what was added, weigh the error (arXiv:2006.11239, eq. 14; for other predictions their own target)."
     x0, noise, scheduler = latents.detach().float(), noise.float(), model.scheduler
-    noisy = scheduler.add_noise(x0, noise, timesteps)
+    noisy = noised(scheduler, x0, noise, timesteps)
     output = guided(model, net, noisy.to(dtype or latents.dtype), timesteps, cond, empty, guidance_scale).float()
     if model.prediction == "epsilon": target = noise
     elif model.prediction == "v_prediction": target = scheduler.get_velocity(x0, noise, timesteps)
     elif model.prediction == "sample": target = x0
-    else: raise ValueError(f"prediction: 'epsilon', 'sample' or 'v_prediction', got {model.prediction!r}")
+    elif model.prediction == "flow": target = noise - x0
+    else: raise ValueError(f"prediction: 'epsilon', 'sample', 'v_prediction' or 'flow', got {model.prediction!r}")
     loss = (output - target).square().flatten(1).mean(1)
     return loss if weights is None else weights.detach().float() * loss
 

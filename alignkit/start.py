@@ -17,7 +17,7 @@ from .fast import fast, products
 from .folder import FREE, RunFolder, check_config, checkpoints, locked, plain, refuse_if_in_use, replace_folder, write_atomic
 from .judges import warn_of_emoji_judges
 from .live import dashboard
-from .mdp import check_negative, ddim_mean_std, generator_for, get_sampler, led_away, with_density
+from .mdp import check_negative, ddim_mean_std, generator_for, get_sampler, led_away, noisy_steps, with_density
 from .memory import MARGIN, NothingFits, fit, free_gb
 from .pipelines import ADAPTABLE, ATTENTION, WEIGHTS, Model, adapted_encoders, add_lora, cast, check_fit, check_names
 from .pipelines import check_not_fused, load, lora_form, lora_sha256, modules_of, named, open_model, pattern_fits, pixels, put_lora
@@ -133,9 +133,10 @@ def check_density(
     sampler,  # see `mdp.get_sampler`
 ):
     "Refuse a schedule with a step that has no density, on a CPU and before the first picture; say which setting gives it one."
-    one, scheduler = torch.zeros(1, *[1] * len(model.latent_shape)), model.scheduler
+    scheduler, noisy = model.scheduler, noisy_steps(model, sampler).tolist()
+    if model.prediction == "flow" and any(noisy): return  # it ends at a picture without noise: that step is drawn, and not learned from
     for i, t in enumerate(scheduler.timesteps.tolist()):
-        if sampler(one, i, one)[1].gt(0).all(): continue
+        if noisy[i]: continue
         told = f"pipe: at timestep {t} this scheduler's std_dev_t is 0, and a step without noise has no density to learn from"
         change = _mend(scheduler)
         if change is None: raise ValueError(told)
@@ -491,8 +492,9 @@ def _make(stack, cfg, pipe, reward, prompts, out, resume, callbacks, override, n
     if going_on: _by_main(accelerator, lambda: refuse_if_in_use(folder.lock_file))
     model = _opened(pipe, cfg, accelerator.device)
     if needs_density: model = with_density(model)
-    sampler = get_sampler(model, cfg.num_inference_steps, cfg.eta, cfg.sampler)
+    sampler, ode = (get_sampler(model, cfg.num_inference_steps, eta, cfg.sampler, cfg.levels) for eta in (cfg.eta, 0.))
     if needs_density: check_density(model, sampler)
+    noisy = tuple(noisy_steps(model, sampler).nonzero().flatten().tolist())
     cfg = _fitted(cfg, model, initial)
     config["lora_targets"] = cfg.lora_targets
     check_negative(model, cfg.guidance_scale, cfg.negative_prompt)
@@ -510,7 +512,7 @@ def _make(stack, cfg, pipe, reward, prompts, out, resume, callbacks, override, n
     meter = Meter(cfg.method, cfg.num_epochs, look_of_progress() if told else "off")
     stack.callback(meter.close)
     parts = model, net, params, optimizer, accelerator, dtype, sampler, empty
-    job = Job(cfg, *parts, *sources, folder, run, state, meter=meter, ema=average_of(cfg, params))
+    job = Job(cfg, *parts, *sources, folder, run, state, meter=meter, ema=average_of(cfg, params), ode=ode, noisy=noisy)
     _keep_initial(job, initial)
     return job, saved
 

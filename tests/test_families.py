@@ -1,4 +1,5 @@
-"Stable Diffusion XL with every method, on a folder with random weights: a family is one page, and nothing else knows of it."
+"Stable Diffusion XL, SD3 and FLUX with every method, on folders with random weights: a family is a page, and nothing else knows of it."
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,16 @@ METHODS = {
     "draft_lv": (alignprop.train, alignprop.AlignPropConfig(updates_per_epoch=2, strategy="draft_lv", num_epochs=2, **SHARED)),
     "non-square": (ddpo.train, ddpo.DDPOConfig(updates_per_epoch=2, num_epochs=2, height=32, width=64, **SHARED)),
 }
+ODE = dict(eval_eta=0., eval_kl=True)
+FLOW = {
+    "flow_sde": (ddpo.train, ddpo.DDPOConfig(updates_per_epoch=2, micro_batch_size=5, num_epochs=2, sampler="flow_sde", eta=0.7, **SHARED)),
+    "window": (ddpo.train, ddpo.DDPOConfig(updates_per_epoch=1, num_epochs=2, window=1, window_last=2, levels="even", **ODE, **SHARED)),
+    "rwr": METHODS["rwr"],
+    "alignprop": METHODS["alignprop"],
+    "draft_lv": METHODS["draft_lv"],
+    "refl": (alignprop.train, alignprop.AlignPropConfig(updates_per_epoch=2, strategy="refl", num_epochs=2, **SHARED)),
+}
+CASES = [("sdxl", name) for name in METHODS] + [("sd3", name) for name in FLOW] + [("flux", name) for name in ("flow_sde", "alignprop")]
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +60,74 @@ def sdxl_folder(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_trains_it(sdxl_folder, tmp_path, method):
+@pytest.fixture(scope="module")
+def flow_folders(tmp_path_factory):
+    "A StableDiffusion3Pipeline without T5 and a FluxPipeline that is told its guidance; 32 x 32 pictures, latents 4 x 8 x 8."
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from alignkit import tiny
+    folder = tmp_path_factory.mktemp("flow")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tok = tiny.make_tokenizer(folder / "tokenizer")
+        ends = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+        texts = dict(vocab_size=len(tok), num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=tok.model_max_length, **ends)
+        def clip(kind, **more): return kind(CLIPTextConfig(hidden_size=16, intermediate_size=32, **more, **texts))
+        def vae():
+            return AutoencoderKL(
+                block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=1.5, shift_factor=0.1,
+                down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+        net = SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+            joint_attention_dim=40, caption_projection_dim=32, pooled_projection_dim=36, pos_embed_max_size=16, qk_norm="rms_norm")
+        first, second = (clip(CLIPTextModelWithProjection, projection_dim=18) for _ in range(2))
+        sd3 = StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.), vae(), first, tok, second, tok, None, None)
+        net = FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+        t5 = T5EncoderModel(T5Config(vocab_size=len(tok), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+        dynamic = FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True)
+        flux = FluxPipeline(dynamic, vae(), clip(CLIPTextModel), tok, t5, tok, net)
+        for name, pipe in dict(sd3=sd3, flux=flux).items():
+            for p in pipe.transformer.parameters():
+                if not p.any(): torch.nn.init.normal_(p, std=0.1)  # what begins at zero would keep the adapter from the picture
+            pipe.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("sd3", "flux")}
+
+
+@pytest.mark.filterwarnings("ignore:pipe. it has no third text encoder")
+@pytest.mark.parametrize("family, method", CASES)
+def test_a_method_trains_it(sdxl_folder, flow_folders, tmp_path, family, method):
     "The weights move; a run that was stopped goes on bit for bit; plain diffusers draws the same from the saved adapter."
-    train, cfg = METHODS[method]
-    run = train(sdxl_folder, red, PROMPTS, cfg, out=tmp_path / "run")
+    folder, (train, cfg) = dict(sdxl=sdxl_folder, **flow_folders)[family], (METHODS if family == "sdxl" else FLOW)[method]
+    cfg = replace(cfg, height=cfg.height or 32, width=cfg.width or 32)
+    run = train(folder, red, PROMPTS, cfg, out=tmp_path / "run")
     assert (run.history.grad_norm > 0).all() and np.isfinite(run.history[["reward_mean", "loss", "eval_reward_mean"]]).all(axis=None)
-    train(sdxl_folder, red, PROMPTS, cfg, out=tmp_path / "again", callbacks=(lambda run, row: row["epoch"] == 0,))
-    train(sdxl_folder, red, PROMPTS, cfg, out=tmp_path / "again", resume=True)
+    if cfg.eval_kl: assert (run.history.eval_kl > 0).all()
+    train(folder, red, PROMPTS, cfg, out=tmp_path / "again", callbacks=(lambda run, row: row["epoch"] == 0,))
+    train(folder, red, PROMPTS, cfg, out=tmp_path / "again", resume=True)
     assert bits(history(tmp_path / "run")) == bits(history(tmp_path / "again"))
     assert bits(weights(tmp_path / "run" / "lora")) == bits(weights(tmp_path / "again" / "lora"))
 
     how = dict(num_inference_steps=3, guidance_scale=3., eta=0., height=cfg.height, width=cfg.width)
-    plain = load(sdxl_folder)
+    plain = load(folder)
     base = draw(plain, PROMPTS, **how)
     plain.load_lora_weights(tmp_path / "run" / "lora")
     ours = draw(run.pipe, PROMPTS, **how)
-    assert (ours - base).abs().max() > 1e-4 and ours.shape[2:] == (cfg.height or 32, cfg.width or 32)
+    assert (ours - base).abs().max() > 1e-4 and ours.shape[2:] == (cfg.height, cfg.width)
     assert_close(draw(plain, PROMPTS, **how), ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:pipe. it has no third text encoder")
+def test_a_window_without_noise_is_named(flow_folders):
+    "The last step of `ddim` on a flow path has none: drawn and not learned from, and a window of it alone is refused."
+    cfg = ddpo.DDPOConfig(updates_per_epoch=1, num_epochs=1, **{**SHARED, "eval_every": 0})
+    with pytest.raises(ValueError, match="window: no step of .2. has noise .* keep to .0, 1. by window_last"):
+        ddpo.train(flow_folders["sd3"], red, PROMPTS, replace(cfg, window=1, window_first=2))
+    with pytest.raises(ValueError, match="eta: 0 .no noise. to 1 for sampler='cps'"): replace(cfg, sampler="cps", eta=1.5).check()
+    with pytest.raises(ValueError, match="levels: 'even' is for a flow model"):
+        ddpo.train("tiny", red, PROMPTS, replace(cfg, levels="even"))
 
 
 @pytest.mark.parametrize("precision, tolerance", [("no", 5e-6), ("bf16", 0.)])

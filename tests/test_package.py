@@ -101,6 +101,9 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     mdp="""
         from alignkit.mdp import draw
         assert tuple(draw(pipe, ['a cat', 'a dog'], num_inference_steps=2, guidance_scale=2.).shape) == (2, 3, 32, 32)""",
+    mmdit="""
+        from alignkit.mmdit import pack, unpack
+        assert unpack(pack(torch.ones(2, 4, 6, 8)), 6, 8).shape == (2, 4, 6, 8)""",
     flow="""
         from alignkit.flow import flow_levels, step_sensitivity
         assert round(float(step_sensitivity(flow_levels(10, 3.), 0.7, 'flow_sde')[0]), 3) == 0.051""",
