@@ -92,7 +92,7 @@ def test_a_sampler(pipe_folder, module, monkeypatch):
     how = dict(num_inference_steps=4, seed=1)
     assert torch.equal(draw(pipe_folder, PROMPTS, sampler="half", **how), draw(pipe_folder, PROMPTS, eta=0.5, **how))
     assert one_epoch(pipe_folder, "jpeg_compressibility", sampler="half").grad_norm > 0
-    with pytest.raises(ValueError, match="sampler: one of ddim, half, got 'euler'"): draw(pipe_folder, PROMPTS, sampler="euler")
+    with pytest.raises(ValueError, match="sampler: one of ddim, .*half, got 'euler'"): draw(pipe_folder, PROMPTS, sampler="euler")
 
 
 def test_an_advantage(pipe_folder, module, monkeypatch):
