@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .compat import hooks_of, plain_name, spelled_out, take_adapters, uncompiled
 
 # %% ../nbs/01_pipelines.ipynb #39cb99f3
-PIPELINES = {"tiny": "tiny-sd"}  # names that `load` knows besides folders and hub ids, and their folders in the kit's data
+PIPELINES = {"tiny": "tiny-sd", "tiny-sd3": "tiny-sd3"}  # names that `load` knows besides folders and hub ids, and their folders in the kit's data
 
 def data_dir() -> Path:  # folder with `tiny-sd`, `tiny-clip`, `glyphs`, prompt lists and recorded runs
     "Where the kit's data lies: inside an installed package, or beside it in a checkout."

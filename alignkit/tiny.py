@@ -232,12 +232,13 @@ def _merges(
 # %% ../nbs/13_tiny.ipynb #3228e6d0
 def make_tokenizer(
     folder:str|Path,  # the tokenizer is written here
+    more:tuple=(),  # words that are to be tokens too
 ):  # CLIPTokenizer; every word of the captions is one token, any other word is spelled in letters
     "A CLIP tokenizer whose merges are learned from the kit's own words."
     from transformers import CLIPTokenizer
     folder, start, end = Path(folder), "<|startoftext|>", "<|endoftext|>"
     folder.mkdir(parents=True, exist_ok=True)
-    words = sorted({w for a in ANIMALS for act in (None, *ACTIVITIES) for w in caption(a, act).split()} | {"the", "and"})
+    words = sorted({w for a in ANIMALS for act in (None, *ACTIVITIES) for w in caption(a, act).split()} | {"the", "and", *more})
     merges, alphabet = _merges(words), [c for b, c in sorted(_bytes_to_unicode().items())]
     pieces = [*alphabet, *[c + "</w>" for c in alphabet], *["".join(m.split(" ")) for m in merges], start, end]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
@@ -328,7 +329,7 @@ def _learner(module, lr, weight_decay, ema_decay):
     from diffusers.training_utils import EMAModel
     params = [p for p in module.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    return params, opt, EMAModel(params, decay=ema_decay) if ema_decay else None
+    return params, opt, EMAModel(params, decay=ema_decay, foreach=True) if ema_decay else None
 
 def _row(step, loss, lr, minutes):
     "A line of the log."
@@ -337,8 +338,8 @@ def _row(step, loss, lr, minutes):
 
 # %% ../nbs/13_tiny.ipynb #85bb201e
 def fit(
-    module:torch.nn.Module,  # trained in place
-    loss_fn,  # generator -> scalar loss; draws its batch and noise from the generator alone
+    module:torch.nn.Module,  # trained in place, on the device where it is
+    loss_fn,  # generator (of that device) -> scalar loss; draws its batch and noise from the generator alone
     steps:int,  # optimiser steps of the whole run
     lr:float=1e-3,  # peak; see `warm_cosine`
     folder:str|Path|None=None,  # checkpoints and log; an interrupted run goes on from here
@@ -355,12 +356,14 @@ def fit(
     params, opt, ema = _learner(module, lr, weight_decay, ema_decay)
     file = Path(folder) / "state.pt" if folder else None
     start, spent, rows = _resume(file, module, opt, ema) if file else (0, 0., [])
-    began, total = time.perf_counter(), torch.zeros(())
+    device = params[0].device
+    began, total = time.perf_counter(), torch.zeros((), device=device)
     minutes = lambda: spent + (time.perf_counter() - began) / 60
     module.train()
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not progress):
         for group in opt.param_groups: group["lr"] = lr * warm_cosine(step, steps)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16): loss = loss_fn(torch.Generator().manual_seed(seed * 1_000_003 + step))
+        g = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16): loss = loss_fn(g)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, max_norm)
@@ -416,7 +419,7 @@ def encode_latents(
     progress:bool=False,
 ) -> tuple[Tensor, Tensor]:  # mean and std of the posterior, (N, 4, 16, 16) each, unscaled
     "All pictures through the encoder, once."
-    out = [vae.encode(b.float() / 127.5 - 1).latent_dist for b in tqdm(images.split(64), desc="encode", disable=not progress)]
+    out = [vae.encode(b.to(vae.device).float() / 127.5 - 1).latent_dist for b in tqdm(images.split(64), desc="encode", disable=not progress)]
     return torch.cat([o.mean for o in out]), torch.cat([o.std for o in out])
 
 def set_scaling_factor(
@@ -532,7 +535,8 @@ def _resume(file, module, opt, ema):
     "Go on where `_keep` left off: the next step, the minutes spent so far, the rows of the log."
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists(): return 0, 0., []
-    state = torch.load(file, weights_only=True)
+    device = next(module.parameters()).device
+    state = torch.load(file, weights_only=True, map_location=device)
     module.load_state_dict(state["module"])
     opt.load_state_dict(state["opt"])
     if ema: ema.load_state_dict(state["ema"])
@@ -545,7 +549,7 @@ def load_trained(
 ):
     "The weights that a finished run of `fit` ended with: the averaged ones where it averaged."
     from diffusers.training_utils import EMAModel
-    state = torch.load(Path(folder) / "state.pt", weights_only=True)
+    state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
     module.load_state_dict(state["module"])
     if "ema" in state:
         params = [p for p in module.parameters() if p.requires_grad]
@@ -589,10 +593,10 @@ def _cached(file, make):
     _replace(value, file)
     return value
 
-def _tokenizer_in(folder):
+def _tokenizer_in(folder, more=()):
     "The tokenizer of an earlier run, if there is one: merges of equally frequent pieces come in another order in another process."
     from transformers import CLIPTokenizer
-    return CLIPTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").exists() else make_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").exists() else make_tokenizer(folder, more)
 
 # %% ../nbs/13_tiny.ipynb #f6750f91
 def build(

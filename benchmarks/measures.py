@@ -4,7 +4,7 @@
 
 `data/claims.toml` says under [[measure]] what each is. memory_executed makes one update of Stable Diffusion 1.5's architecture with random
 weights at 256 pixels, twice, each in a process of its own: about 8 GB of memory and ten minutes on one thread of a CPU. memory_gpu does the
-same at 512 pixels where there is a GPU.
+same at 512 pixels where there is a GPU, with all 50 steps.
 """
 import argparse, json, sys, time
 from pathlib import Path
@@ -72,41 +72,77 @@ def line():
         found[f"moved_{kind}"] = (0.5 * (density - base).abs().sum(1) * page["dx"]).tolist()
     return found
 
-def settings_of(method, pixels, precision):
-    "One update that is really made."
-    few = dict(num_inference_steps=4, height=pixels, width=pixels, mixed_precision=precision, eval_every=0, progress=False, fast="off")
-    return chain(strategy="last", truncation_k=1, checkpointing="step", **few) if method == "alignprop" else of_ddpo(**few)
+def settings_of(method, pixels, on_gpu):
+    "One update that is really made: few steps on a CPU, AlignProp's last of them kept; on a GPU all 50, all kept, and DDPO in float16."
+    few = dict(height=pixels, width=pixels, eval_every=0, progress=False, fast="off")
+    if not on_gpu: few |= dict(num_inference_steps=4)
+    if method == "ddpo": return of_ddpo(**few, mixed_precision="fp16" if on_gpu else "no")
+    return chain(checkpointing="step", **few, **({} if on_gpu else dict(strategy="last", truncation_k=1)))
 
-def updated(pipe, method, pixels, precision):
+def updated(pipe, method, pixels, on_gpu):
     "GB at the peak of an update, above what Python and the kit take by themselves."
     from alignkit import alignprop, ddpo
     import psutil, torch
     before = psutil.Process().memory_info().rss / 1e9
     module, reward = (alignprop, "jpeg_soft") if method == "alignprop" else (ddpo, "jpeg_compressibility")
-    module.train(pipe, reward, "simple_animals", settings_of(method, pixels, precision))
-    if torch.cuda.is_available(): return dict(gb=torch.cuda.max_memory_allocated() / 1e9)
+    module.train(pipe, reward, "simple_animals", settings_of(method, pixels, on_gpu))
+    if on_gpu: return dict(gb=torch.cuda.max_memory_allocated() / 1e9)
     return dict(gb=common.peak() * 2**20 / 1e9 - before)
 
-def _executed(pixels, precision, device):
+def _executed(pixels, on_gpu):
+    "Peaks of an update by AlignProp and by DDPO, and what the planner says of each."
     from alignkit.memory import plan
     pipe, found = common.ROOT / "runs" / "sd15-random", {}
     if not (pipe / "model_index.json").is_file(): full_size.build(pipe)
-    for method, name in (("alignprop", "gb_alignprop_k1"), ("ddpo", "gb_ddpo")):
+    for method in ("alignprop", "ddpo"):
         began = time.perf_counter()
-        found[name] = common.in_process(__file__, sys.executable, str(pipe), method, pixels, precision)["gb"]
-        found[f"{name}_planned"] = plan(str(pipe), settings_of(method, pixels, precision), resolution=pixels, device=device).peak_gb
+        found[method] = common.in_process(__file__, sys.executable, str(pipe), method, pixels, on_gpu)["gb"]
+        device = "cuda" if on_gpu else "cpu"
+        found[f"{method}_planned"] = plan(str(pipe), settings_of(method, pixels, on_gpu), resolution=pixels, device=device).peak_gb
         print(method, found, f"{time.perf_counter() - began:.0f} s", flush=True)
     return found
 
-def memory_executed(): return _executed(256, "no", "cpu")
+def memory_executed(): return {f"gb_{k.replace('alignprop', 'alignprop_k1')}": v for k, v in _executed(256, False).items()}
 
 def memory_gpu():
     import torch
     if not torch.cuda.is_available(): sys.exit("memory_gpu: there is no GPU here")
-    found = _executed(512, "fp16", "cuda")
-    return dict(gb_alignprop_gpu=found["gb_alignprop_k1"], gb_ddpo_gpu=found["gb_ddpo"])
+    found = _executed(512, True)
+    return dict(gb_alignprop_gpu=found["alignprop"], gb_ddpo_gpu=found["ddpo"])
 
-MEASURES = dict(memory_plan=memory_plan, memory_k=memory_k, flops=flops, line=line, memory_executed=memory_executed, memory_gpu=memory_gpu)
+def sd3():
+    "A StableDiffusion3Pipeline with the architecture of SD 3 medium and random weights in bfloat16, made where it will be used."
+    import tempfile, diffusers, torch, transformers
+    from alignkit import tiny
+    from alignkit.memory import ARCHITECTURES
+    device, parts = "cuda" if torch.cuda.is_available() else "cpu", ARCHITECTURES["sd3"]
+    def made(kind, settings):
+        if hasattr(diffusers, kind): return getattr(diffusers, kind).from_config(settings)
+        return getattr(transformers, kind)(getattr(transformers, kind).config_class(**settings))
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device): models = {name: made(*parts[name][-2:]) for name in parts if name not in ("pipeline", "scheduler")}
+    torch.set_default_dtype(torch.float32)
+    words = tiny.make_tokenizer(tempfile.mkdtemp())
+    texts = dict(tokenizer=words, tokenizer_2=words, tokenizer_3=words)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**parts["scheduler"][-1])
+    return diffusers.StableDiffusion3Pipeline(scheduler=scheduler, **models, **texts)
+
+def memory_flow(pixels=1024):
+    "GB of a DDPO update by Flow-SDE on SD 3's architecture in bfloat16, ten steps, guidance: by plan, and by a GPU."
+    import torch
+    from alignkit import ddpo
+    from alignkit.memory import plan
+    cfg = of_ddpo(num_inference_steps=10, sampler="flow_sde", eta=0.7, mixed_precision="bf16", height=pixels, width=pixels, eval_every=0,
+                  progress=False, fast="off")
+    if not torch.cuda.is_available(): sys.exit("memory_flow: there is no GPU here")
+    pipe = sd3()
+    torch.cuda.reset_peak_memory_stats()
+    ddpo.train(pipe, "jpeg_compressibility", "simple_animals", cfg)
+    return dict(gb_ddpo_sd3=torch.cuda.max_memory_allocated() / 1e9, gb_ddpo_sd3_planned=plan("sd3", cfg, resolution=pixels, device="cuda").peak_gb)
+
+MEASURES = dict(memory_plan=memory_plan, memory_k=memory_k, flops=flops, line=line, memory_executed=memory_executed, memory_gpu=memory_gpu,
+                memory_flow=memory_flow)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
