@@ -63,7 +63,9 @@ def evaluate_fixed(
     return evaluate_each(model, reward, texts, how, others, epoch)[:2]
 
 # %% ../nbs/06a_judges.ipynb #c51a4e75
-EMOJI_JUDGES = ("clip_named", "clip_diversity", "clip_diversity_all", "gold", "tiny_aesthetic", "tiny_alignment", "witness_named")  # rewards
+EMOJI_JUDGES = (  # rewards
+    "clip_named", "clip_diversity", "clip_diversity_all", "gold", "second_count_right", "tiny_aesthetic", "tiny_alignment", "tiny_count",
+    "tiny_count_right", "witness_named")
 
 def embedded(
     pipe,  # diffusers pipeline

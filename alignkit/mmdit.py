@@ -74,21 +74,27 @@ def _of_t5(tokenizer, encoder, prompts, length):
     return encoder(ids.to(encoder.device))[0]
 
 @torch.no_grad()
+def _each_once(pipe, prompts, encode):
+    "`encode` of each distinct prompt, None as the empty one; a row for every prompt."
+    distinct = list(dict.fromkeys(p or "" for p in prompts))
+    tell_cut(pipe, distinct)
+    rows = [distinct.index(p or "") for p in prompts]
+    return Cond(**{name: part[rows] for name, part in encode(distinct).items()})
+
 def context_sd3(
     pipe,  # StableDiffusion3Pipeline
     prompts:list,  # B of them; None is no prompt, for guidance: the empty one
 ) -> Cond:  # text, pooled
     "Each distinct prompt once."
-    distinct = list(dict.fromkeys(p or "" for p in prompts))
-    tell_cut(pipe, distinct)
-    parts = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
-    hidden, pooled = zip(*(_of_clip(pipe, *part, distinct) for part in parts))
-    text = torch.cat(hidden, -1)
-    text = torch.nn.functional.pad(text, (0, pipe.transformer.config.joint_attention_dim - text.shape[-1]))
-    if pipe.text_encoder_3 is not None:
-        text = torch.cat([text, _of_t5(pipe.tokenizer_3, pipe.text_encoder_3, distinct, T5_TOKENS["sd3"]).to(text)], 1)
-    rows = [distinct.index(p or "") for p in prompts]
-    return Cond(text=text[rows], pooled=torch.cat(pooled, -1)[rows])
+    def encode(distinct):
+        parts = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
+        hidden, pooled = zip(*(_of_clip(pipe, *part, distinct) for part in parts))
+        text = torch.cat(hidden, -1)
+        text = torch.nn.functional.pad(text, (0, pipe.transformer.config.joint_attention_dim - text.shape[-1]))
+        if pipe.text_encoder_3 is not None:
+            text = torch.cat([text, _of_t5(pipe.tokenizer_3, pipe.text_encoder_3, distinct, T5_TOKENS["sd3"]).to(text)], 1)
+        return dict(text=text, pooled=torch.cat(pooled, -1))
+    return _each_once(pipe, prompts, encode)
 
 # %% ../nbs/01c_mmdit.ipynb #01134bb0
 _TOLD = set()  # what is said once a process
@@ -101,7 +107,8 @@ def open_sd3(
     check_transformer(pipe, "text_encoder", "text_encoder_2")
     net, vae, scheduler, c = pipe.transformer, pipe.vae, flow_scheduler(pipe), pipe.transformer.config
     third = getattr(pipe, "text_encoder_3", None)
-    if third is None and "t5" not in _TOLD:
+    clips = pipe.text_encoder.config.hidden_size + pipe.text_encoder_2.config.hidden_size  # a network no wider than these never had a T5
+    if third is None and c.joint_attention_dim > clips and "t5" not in _TOLD:
         _TOLD.add("t5")
         warnings.warn("pipe: it has no third text encoder; no tokens stand for it here, as with max_sequence_length=0 in diffusers, "
                       "whose default of 256 zeros costs several times the time and draws another picture")
@@ -144,14 +151,11 @@ def context_flux(
     prompts:list,  # B of them; None is no prompt, for guidance: the empty one
 ) -> Cond:  # text, pooled
     "Each distinct prompt once."
-    distinct = list(dict.fromkeys(p or "" for p in prompts))
-    tell_cut(pipe, distinct)
-    clip = pipe.text_encoder
-    pooled = clip(tokens(pipe, pipe.tokenizer, distinct).input_ids.to(clip.device)).pooler_output
-    words = pipe.maybe_convert_prompt(distinct, pipe.tokenizer_2)
-    text = _of_t5(pipe.tokenizer_2, pipe.text_encoder_2, words, T5_TOKENS["flux"])
-    rows = [distinct.index(p or "") for p in prompts]
-    return Cond(text=text[rows], pooled=pooled[rows])
+    def encode(distinct):
+        clip, words = pipe.text_encoder, pipe.maybe_convert_prompt(distinct, pipe.tokenizer_2)
+        pooled = clip(tokens(pipe, pipe.tokenizer, distinct).input_ids.to(clip.device)).pooler_output
+        return dict(text=_of_t5(pipe.tokenizer_2, pipe.text_encoder_2, words, T5_TOKENS["flux"]), pooled=pooled)
+    return _each_once(pipe, prompts, encode)
 
 # %% ../nbs/01c_mmdit.ipynb #58540f3f
 def open_flux(

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .clip_files import read_clip, read_tokenizer
 from .pipelines import lookup
-from .prompts import TINY_ANIMALS, article, metadata_of
+from .prompts import TINY_ANIMALS, article, metadata_of, plural
 
 # %% ../nbs/05_rewards.ipynb #14b457c3
 def to_uint8(
@@ -178,8 +178,9 @@ def name_images(
 def animals_in(
     prompts:list[str],
 ) -> Tensor:  # (B,) places in `prompts.TINY_ANIMALS`
-    "Which animal of the embedded model each prompt names; a prompt without one is an error."
-    wanted = [next((i for i, a in enumerate(TINY_ANIMALS) if a in p.split()), -1) for p in prompts]
+    "Which animal of the embedded model each prompt names, one or several of it; a prompt without one is an error."
+    names = {name: i for i, a in enumerate(TINY_ANIMALS) for name in (plural(a), a)}
+    wanted = [next((names[word] for word in p.split() if word in names), -1) for p in prompts]
     if -1 in wanted: raise ValueError(f"no animal of the embedded model in the prompt {prompts[wanted.index(-1)]!r}")
     return torch.tensor(wanted)
 
@@ -234,8 +235,11 @@ REWARDS = {
     "object_count": "alignkit.object_count:object_count",
     "pickscore": "alignkit.clip_rewards:pickscore",
     "prompt_alignment": "alignkit.vlm_rewards:prompt_alignment",
+    "second_count_right": "alignkit.counter:second_count_right",
     "tiny_aesthetic": "alignkit.reward_model:tiny_aesthetic",
     "tiny_alignment": "alignkit.reward_model:tiny_alignment",
+    "tiny_count": "alignkit.counter:tiny_count",
+    "tiny_count_right": "alignkit.counter:tiny_count_right",
     "vqa": "alignkit.vlm_rewards:vqa",
     "witness_named": "alignkit.witness:witness_named",
 }  # name -> "module:function": a reward (images, prompts), or a function without arguments that builds one; a callable of your own will do too
@@ -248,6 +252,7 @@ UNITS = {
     "gold": "points",
     "clip_similarity": "cosine",
     "tiny_alignment": "probability",
+    "tiny_count": "animals",
 }
 
 def with_unit(

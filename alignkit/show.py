@@ -6,7 +6,7 @@
 __all__ = ['page', 'light', 'photo', 'show_row', 'thumbs']
 
 # %% ../nbs/00_show.ipynb #191d7869
-import io, os
+import io, os, warnings
 from torch import Tensor
 
 # %% ../nbs/00_show.ipynb #4b1e435d
@@ -15,7 +15,8 @@ def page(
     font_size:int=9,  # points
     width:int=180,  # characters of a printed table
 ):
-    "How a page of this kit computes and draws: one thread, a fixed global seed, small figures without a frame, no progress bars."
+    """How a page of this kit computes and draws: one thread, a fixed global seed, small figures without a frame, no progress bars; of a warning
+    its words, without the place in the code of one machine."""
     os.environ.setdefault("ALIGNKIT_PROGRESS", "0")  # a widget that is drawn anew all the time has no place in a stored page
     import matplotlib.pyplot as plt
     import pandas as pd
@@ -25,6 +26,7 @@ def page(
     plt.rcParams.update({"figure.figsize": (6, 2.5), "figure.dpi": dpi, "font.size": font_size})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     pd.set_option("display.width", width, "display.max_colwidth", 60)
+    warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
 
 # %% ../nbs/00_show.ipynb #4b1e435e
 def light(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ("FAMILIES", "SAMPLERS", "ADVANTAGES", "REWARDS")  # name -> "module:function", the only way to a later page
+TABLES = ("FAMILIES", "SAMPLERS", "ADVANTAGES", "REWARDS", "BUILDERS")  # name -> "module:function", the only way to a later page
 FOREIGN = ("torch", "peft", "diffusers", "accelerate")  # their private names are touched in INNER only
 INNER = ("fast", "compat")
 PUBLIC_ALL_THE_SAME = {"_replace", "_asdict", "_fields", "_make", "_field_defaults"}  # of a namedtuple, documented as public
@@ -118,7 +118,7 @@ def circles(house):
             seen.add(frozenset(ring))
 
 
-# ---- rule 2: later pages are reached through four tables
+# ---- rule 2: later pages are reached through five tables
 
 def written(tree):
     "The tables that are written at the top of a module: (name, value, place)."

@@ -96,7 +96,6 @@ def flow_folders(tmp_path_factory):
     return {name: str(folder / name) for name in ("sd3", "flux")}
 
 
-@pytest.mark.filterwarnings("ignore:pipe. it has no third text encoder")
 @pytest.mark.parametrize("family, method", CASES)
 def test_a_method_trains_it(sdxl_folder, flow_folders, tmp_path, family, method):
     "The weights move; a run that was stopped goes on bit for bit; plain diffusers draws the same from the saved adapter."
@@ -119,7 +118,6 @@ def test_a_method_trains_it(sdxl_folder, flow_folders, tmp_path, family, method)
     assert_close(draw(plain, PROMPTS, **how), ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:pipe. it has no third text encoder")
 def test_a_window_without_noise_is_named(flow_folders):
     "The last step of `ddim` on a flow path has none: drawn and not learned from, and a window of it alone is refused."
     cfg = ddpo.DDPOConfig(updates_per_epoch=1, num_epochs=1, **{**SHARED, "eval_every": 0})
