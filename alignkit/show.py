@@ -15,8 +15,8 @@ def page(
     font_size:int=9,  # points
     width:int=180,  # characters of a printed table
 ):
-    """How a page of this kit computes and draws: one thread, a fixed global seed, small figures without a frame, no progress bars; of a warning
-    its words, without the place in the code of one machine."""
+    """How a page of this kit computes and draws: one thread, a fixed global seed, small figures without a frame, no progress bars;
+    of a warning its words, without the place in the code of one machine."""
     os.environ.setdefault("ALIGNKIT_PROGRESS", "0")  # a widget that is drawn anew all the time has no place in a stored page
     import matplotlib.pyplot as plt
     import pandas as pd

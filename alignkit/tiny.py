@@ -423,7 +423,8 @@ def encode_latents(
     progress:bool=False,
 ) -> tuple[Tensor, Tensor]:  # mean and std of the posterior, (N, 4, 16, 16) each, unscaled
     "All pictures through the encoder, once."
-    out = [vae.encode(b.to(vae.device).float() / 127.5 - 1).latent_dist for b in tqdm(images.split(64), desc="encode", disable=not progress)]
+    parts = tqdm(images.split(64), desc="encode", disable=not progress)
+    out = [vae.encode(b.to(vae.device).float() / 127.5 - 1).latent_dist for b in parts]
     return torch.cat([o.mean for o in out]), torch.cat([o.std for o in out])
 
 def set_scaling_factor(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'MORE_WORDS', 'SHIFT', 'FLOW_STEPS', 'several', 'counted', 'flow_example', 'flow_dataset', 'make_mmdit',
-           'wider_tower', 'Velocity', 'train_flow', 'assemble_flow', 'build_flow', 'save_flow']
+           'wider_tower', 'Velocity', 'train_flow', 'assemble_flow', 'save_flow', 'build_flow']
 
 # %% ../nbs/13b_tiny_sd3.ipynb #62f0f491
 import copy, json, shutil
@@ -19,8 +19,8 @@ from .pipelines import load, quiet
 from .prompts import plural
 from .rewards import kit_clip
 from .tiny import (
-    ANIMALS, BACKGROUNDS, SIZE, background, cached, caption, encode_latents, fit, halve, load_glyphs, make_tokenizer, paste, render, seen_pairs,
-    token_ids, tokenizer_in)
+    ANIMALS, BACKGROUNDS, SIZE, background, cached, caption, encode_latents, fit, halve, load_glyphs, make_tokenizer, paste, render,
+    seen_pairs, token_ids, tokenizer_in)
 
 # %% ../nbs/13b_tiny_sd3.ipynb #172f1a99
 NUMBERS = {2: "two", 3: "three"}
@@ -54,7 +54,8 @@ def flow_example(
     glyphs:dict,  # from `tiny.load_glyphs`
     seed:int=0,  # 1: pictures that nothing was trained on
 ) -> tuple[np.ndarray, str]:  # (64, 64, 3) uint8 and its caption
-    "Picture `index`: depends on (seed, index) alone. 35 % are two or three of an animal; the rest is as in `tiny.example`, scenes of seen pairs only."
+    """Picture `index`: depends on (seed, index) alone. 35 % are two or three of an animal; the rest is as in `tiny.example`, scenes of seen
+    pairs only."""
     rng = np.random.default_rng([seed, 3, index])
     if rng.random() < 0.35:
         animal, count = ANIMALS[rng.integers(len(ANIMALS))], int(rng.integers(2, 4))
@@ -141,6 +142,7 @@ class Velocity(nn.Module):
         embeds, pooled = self.text(ids)
         return self.net(x, embeds, pooled, 1000 * level, return_dict=False)[0].float()
 
+# %% ../nbs/13b_tiny_sd3.ipynb #824e9770
 def train_flow(
     velocity:Velocity,  # trained in place, on the device where it is
     tokenizer,  # with all the words
@@ -149,7 +151,8 @@ def train_flow(
     scale:float,  # the autoencoder's `scaling_factor`
     steps:int, batch_size:int=1024, lr:float=2e-3, caption_dropout:float=0.1, ema_decay:float=0.999, **kw,  # the rest goes to `tiny.fit`
 ) -> list[dict]:
-    "Squared error of the velocity, at levels from a logistic normal (arXiv:2403.03206); the empty caption in `caption_dropout` of the cases."
+    """Squared error of the velocity, at levels from a logistic normal (arXiv:2403.03206); the empty caption in `caption_dropout` of the
+    cases."""
     device, texts = velocity.rows.device, ["", *sorted(set(captions))]
     mean, std = (x.to(device) for x in latents)
     place = {t: k for k, t in enumerate(texts)}
@@ -164,7 +167,7 @@ def train_flow(
         return ((velocity((1 - s) * x0 + s * noise, level, ids[which]) - (noise - x0)) ** 2).mean()
     return fit(velocity, loss_fn, steps, lr, ema_decay=ema_decay, **kw)
 
-# %% ../nbs/13b_tiny_sd3.ipynb #bb03900a
+# %% ../nbs/13b_tiny_sd3.ipynb #bf5014c7
 SHIFT = 1.  # of the levels; more is for pictures of more pixels
 
 def assemble_flow(
@@ -183,7 +186,23 @@ def assemble_flow(
         transformer=velocity.net, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=decoder.eval(), text_encoder=tower,
         tokenizer=tokenizer, text_encoder_2=copy.deepcopy(tower), tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None)
 
-# %% ../nbs/13b_tiny_sd3.ipynb #1cb621bc
+# %% ../nbs/13b_tiny_sd3.ipynb #f77bc34e
+def save_flow(
+    pipe,  # from `assemble_flow`
+    out:str|Path,  # the pipeline's folder
+    work:str|Path,  # of `build_flow`: its log is copied
+):
+    "Write the pipeline as float16 safetensors, with the log and the machine of the run that made it."
+    from diffusers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # quietly: that there is no T5 to be written is no news
+    with quiet(): pipe.save_pretrained(out)
+    logging.set_verbosity(level)
+    halve(Path(out))
+    shutil.copy(Path(work) / "flow" / "log.csv", Path(out) / "log_flow.csv")
+    (Path(out) / "log_environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+
+# %% ../nbs/13b_tiny_sd3.ipynb #d284dc34
 FLOW_STEPS = 5500
 
 def build_flow(
@@ -210,18 +229,3 @@ def build_flow(
     train_flow(velocity, wider, captions, latents, vae.config.scaling_factor, steps, batch_size, bf16=bf16, folder=work / "flow", seed=seed,
                progress=progress)
     save_flow(assemble_flow(velocity.cpu(), wider, vae.cpu()), out, work)
-
-def save_flow(
-    pipe,  # from `assemble_flow`
-    out:str|Path,  # the pipeline's folder
-    work:str|Path,  # of `build_flow`: its log is copied
-):
-    "Write the pipeline as float16 safetensors, with the log and the machine of the run that made it."
-    from diffusers.utils import logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # quietly: that there is no T5 to be written is no news
-    with quiet(): pipe.save_pretrained(out)
-    logging.set_verbosity(level)
-    halve(Path(out))
-    shutil.copy(Path(work) / "flow" / "log.csv", Path(out) / "log_flow.csv")
-    (Path(out) / "log_environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")

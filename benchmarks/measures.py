@@ -139,7 +139,8 @@ def memory_flow(pixels=1024):
     pipe = sd3()
     torch.cuda.reset_peak_memory_stats()
     ddpo.train(pipe, "jpeg_compressibility", "simple_animals", cfg)
-    return dict(gb_ddpo_sd3=torch.cuda.max_memory_allocated() / 1e9, gb_ddpo_sd3_planned=plan("sd3", cfg, resolution=pixels, device="cuda").peak_gb)
+    planned = plan("sd3", cfg, resolution=pixels, device="cuda").peak_gb
+    return dict(gb_ddpo_sd3=torch.cuda.max_memory_allocated() / 1e9, gb_ddpo_sd3_planned=planned)
 
 MEASURES = dict(memory_plan=memory_plan, memory_k=memory_k, flops=flops, line=line, memory_executed=memory_executed, memory_gpu=memory_gpu,
                 memory_flow=memory_flow)

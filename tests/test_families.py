@@ -1,4 +1,6 @@
-"Stable Diffusion XL, SD3 and FLUX with every method, on folders with random weights: a family is a page, and nothing else knows of it."
+"""Stable Diffusion XL, SD3 and FLUX with every method, on folders with random weights: a family is a page, and nothing else knows of it.
+The invariants of a run, on the embedded SD3."""
+import os, signal
 from dataclasses import replace
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from alignkit import alignprop, ddpo, rwr
 from alignkit.mdp import draw
 from alignkit.pipelines import load
 from alignkit.rewards import Reward
-from conftest import PROMPTS, bits, brightness, history, weights
+from conftest import PROMPTS, bits, brightness, history, in_child, on_two, updates_of, weights
 
 red = Reward(brightness, "brightness", differentiable=True)
 LOOKED_AT = dict(eval_every=1, eval_samples=2, eval_prompts=("a cow",))
@@ -119,9 +121,9 @@ def test_a_method_trains_it(sdxl_folder, flow_folders, tmp_path, family, method)
 
 
 def test_a_window_without_noise_is_named(flow_folders):
-    "The last step of `ddim` on a flow path has none: drawn and not learned from, and a window of it alone is refused."
+    "On a flow path `ddim` has none in its last step, next to none before it: drawn and not learned from; a window of them is refused."
     cfg = ddpo.DDPOConfig(updates_per_epoch=1, num_epochs=1, **{**SHARED, "eval_every": 0})
-    with pytest.raises(ValueError, match="window: no step of .2. has noise .* keep to .0, 1. by window_last"):
+    with pytest.raises(ValueError, match="window: no step of .2. has noise .* keep to .0. by window_last"):
         ddpo.train(flow_folders["sd3"], red, PROMPTS, replace(cfg, window=1, window_first=2))
     with pytest.raises(ValueError, match="eta: 0 .no noise. to 1 for sampler='cps'"): replace(cfg, sampler="cps", eta=1.5).check()
     with pytest.raises(ValueError, match="levels: 'even' is for a flow model"):
@@ -140,3 +142,47 @@ def test_the_ratio_starts_at_one(sdxl_folder, monkeypatch, precision, tolerance)
     cfg = ddpo.DDPOConfig(updates_per_epoch=1, micro_batch_size=5, num_epochs=1, mixed_precision=precision, **{**SHARED, "eval_every": 0})
     ddpo.train(sdxl_folder, red, PROMPTS, cfg)
     assert len(torch.cat(ratios)) == 12 and (torch.cat(ratios) - 1).abs().max() <= tolerance
+
+
+# the embedded flow model ---------------------------------------------------------------------------------------------------------
+
+def go(out=None, callbacks=(), resume=False, **changes):
+    "Two epochs of two updates on tiny-sd3."
+    few = dict(num_epochs=2, samples_per_epoch=4, updates_per_epoch=2, num_inference_steps=3, learning_rate=1e-2, adam_epsilon=1e-3)
+    cfg = ddpo.DDPOConfig(**{**few, "sampler": "flow_sde", "eta": 0.7, "eval_every": 0, "fast": "onednn", **changes})
+    return ddpo.train("tiny-sd3", red, PROMPTS, cfg, out=out, callbacks=callbacks, resume=resume)
+
+
+@pytest.mark.parametrize("sampler, eta", [("flow_sde", 0.7), ("precise", 1.5)])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_flow_ratio_starts_at_one(monkeypatch, sampler, eta, precision):
+    "Exactly, where the same pictures are trained together that were drawn together."
+    ratios, loss = [], ddpo.ddpo_is_loss
+    def recording(*args):
+        result = loss(*args)
+        ratios.append(result[1]["ratio"])
+        return result
+    monkeypatch.setattr(ddpo, "ddpo_is_loss", recording)
+    go(num_epochs=1, updates_per_epoch=1, sampler=sampler, eta=eta, mixed_precision=precision)
+    learned = dict(flow_sde=3, precise=1)[sampler]  # of three steps, see `mdp.noisy_steps`
+    assert len(torch.cat(ratios)) == 4 * learned and (torch.cat(ratios) == 1).all()
+
+
+def test_a_flow_run_is_killed_and_goes_on(tmp_path):
+    "A run that was killed (SIGKILL) ends bit for bit as the unbroken one."
+    def killed(): go(tmp_path / "run", callbacks=[lambda run, row: os.kill(os.getpid(), signal.SIGKILL)])
+    assert in_child(killed) == -signal.SIGKILL
+    go(tmp_path / "run", resume=True)
+    go(tmp_path / "unbroken")
+    assert bits(history(tmp_path / "run")) == bits(history(tmp_path / "unbroken"))
+    assert bits(weights(tmp_path / "run" / "lora")) == bits(weights(tmp_path / "unbroken" / "lora"))
+
+
+def test_two_processes_train_the_flow_model(tmp_path):
+    "They hold the same weights after every update: those of one process, within float error."
+    ranks = on_two(lambda: updates_of(lambda: go(tmp_path / "run")), tmp_path)
+    assert len(ranks[0]) == 2 * 2 and torch.equal(ranks[0], ranks[1])
+    one = updates_of(lambda: go(tmp_path / "one"))
+    moved = (one[-1] - one[0]).abs().max().item()
+    assert moved > 1e-3
+    assert_close(ranks[0], one, rtol=0, atol=1e-3 * moved)

@@ -231,6 +231,16 @@ CALLS = dict(  # one function of every module, called as a user would; later one
         from alignkit.witness import Witness, witness_named
         some = torch.rand(2, 3, 64, 64)
         assert Witness()(some).shape == (2, 65) and witness_named(some, ['a cat', 'a dog']).shape == (2,)""",
+    tiny_sd3="""
+        from alignkit.tiny_sd3 import counted, flow_example
+        picture, text = flow_example(1, load_glyphs(GLYPHS))
+        assert picture.shape == (64, 64, 3) and isinstance(text, str) and counted('mouse', 3) == 'three mice'""",
+    counter="""
+        from alignkit.counter import load_counter, tiny_count_right
+        assert load_counter()(some).shape == (2,) and tiny_count_right(some, ['two cats', 'a dog']).shape == (2,)""",
+    flow_curves="""
+        from alignkit.flow_curves import flow_run
+        assert flow_run('counting/alignprop_uniform')[2].eval_eta == 0""",
     cli="""
         from alignkit.cli import settings_in
         assert settings_in('ddpo')['clip_range'].default == '2e-3'""",
