@@ -105,6 +105,7 @@ def build(
         (out / f"log_{name}.csv").write_text((work / name / "log.csv").read_text(encoding="utf-8"), encoding="utf-8")
 
 @cache
+@torch.inference_mode(False)  # what is kept must serve a gradient, wherever it is first asked for
 def load_counter(
     name:str="model",  # or 'second'
 ) -> Counter:  # float32, at rest

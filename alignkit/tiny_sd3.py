@@ -19,8 +19,8 @@ from .pipelines import load, quiet
 from .prompts import plural
 from .rewards import kit_clip
 from .tiny import (
-    ANIMALS, BACKGROUNDS, SIZE, background, cached, caption, encode_latents, fit, halve, load_glyphs, make_tokenizer, paste, render,
-    seen_pairs, token_ids, tokenizer_in)
+    ANIMALS, BACKGROUNDS, SIZE, background, cached, caption, encode_latents, fit, halve, load_glyphs, paste, render, seen_pairs,
+    token_ids, tokenizer_in)
 
 # %% ../nbs/13b_tiny_sd3.ipynb #172f1a99
 NUMBERS = {2: "two", 3: "three"}
