@@ -403,7 +403,7 @@ def of_entry(
     reward = entry.get("reward", entry["task"])
     return weighted_sum(reward) if isinstance(reward, dict) else reward, prompts, cfg
 
-KEPT = ("config.json", "history.csv", "eval_base.json", "eval_final.json", "eval_after.json", "samples/after.png")
+KEPT = ("config.json", "history.csv", "eval_base.json", "eval_final.json", "eval_after.json", "eval_numbers.json", "samples/after.png")
 
 def keep(
     run:Run,

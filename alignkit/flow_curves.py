@@ -88,7 +88,7 @@ def record(
     reward, prompts, cfg = flow_run(name, seed)
     run = METHODS[RUNS[name][1]][0].train("tiny-sd3", reward, prompts, cfg, out=Path(out) / f"{name}_seed{seed}", resume=True)
     before_and_after(run).save(run.folder.path / "samples" / "after.png")
-    if name.startswith("counting"): write_atomic(run.folder.path / "eval_after.json", json.dumps(other_numbers(run)))
+    if name.startswith("counting"): write_atomic(run.folder.path / "eval_numbers.json", json.dumps(other_numbers(run)))
     return run
 
 def recorded_flow(
