@@ -180,7 +180,8 @@ def assemble_flow(
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     tower = copy.deepcopy(velocity.tower)
     with torch.no_grad(): _table(tower)[1][velocity.new] = velocity.rows
-    decoder = AutoencoderKL.from_config(dict(vae.config) | dict(shift_factor=0.))
+    plain = {k: v for k, v in vae.config.items() if not k.startswith("_")}  # without the folder that it was read from
+    decoder = AutoencoderKL.from_config(plain | dict(shift_factor=0.))
     decoder.load_state_dict(vae.state_dict())
     return StableDiffusion3Pipeline(
         transformer=velocity.net, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=decoder.eval(), text_encoder=tower,

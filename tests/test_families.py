@@ -131,15 +131,21 @@ def test_a_window_without_noise_is_named(flow_folders):
         ddpo.train("tiny", red, PROMPTS, replace(cfg, levels="even"))
 
 
-@pytest.mark.parametrize("precision, tolerance", [("no", 5e-6), ("bf16", 0.)])
-def test_the_ratio_starts_at_one(sdxl_folder, monkeypatch, precision, tolerance):
-    "Until the first optimiser step every ratio is 1; in float32 but for the rounding of other batches, a few eps of the mean over sigma."
+def recorded_ratios(monkeypatch):
+    "A list that grows by the ratios of every micro-batch."
     ratios, loss = [], ddpo.ddpo_is_loss
     def recording(*args):
         result = loss(*args)
         ratios.append(result[1]["ratio"])
         return result
     monkeypatch.setattr(ddpo, "ddpo_is_loss", recording)
+    return ratios
+
+
+@pytest.mark.parametrize("precision, tolerance", [("no", 5e-6), ("bf16", 0.)])
+def test_the_ratio_starts_at_one(sdxl_folder, monkeypatch, precision, tolerance):
+    "Until the first optimiser step every ratio is 1; in float32 but for the rounding of other batches, a few eps of the mean over sigma."
+    ratios = recorded_ratios(monkeypatch)
     cfg = ddpo.DDPOConfig(updates_per_epoch=1, micro_batch_size=5, num_epochs=1, mixed_precision=precision, **{**SHARED, "eval_every": 0})
     ddpo.train(sdxl_folder, red, PROMPTS, cfg)
     assert len(torch.cat(ratios)) == 12 and (torch.cat(ratios) - 1).abs().max() <= tolerance
@@ -158,12 +164,7 @@ def go(out=None, callbacks=(), resume=False, **changes):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_flow_ratio_starts_at_one(monkeypatch, sampler, eta, precision):
     "Exactly, where the same pictures are trained together that were drawn together."
-    ratios, loss = [], ddpo.ddpo_is_loss
-    def recording(*args):
-        result = loss(*args)
-        ratios.append(result[1]["ratio"])
-        return result
-    monkeypatch.setattr(ddpo, "ddpo_is_loss", recording)
+    ratios = recorded_ratios(monkeypatch)
     go(num_epochs=1, updates_per_epoch=1, sampler=sampler, eta=eta, mixed_precision=precision)
     learned = dict(flow_sde=3, precise=1)[sampler]  # of three steps, see `mdp.noisy_steps`
     assert len(torch.cat(ratios)) == 4 * learned and (torch.cat(ratios) == 1).all()
