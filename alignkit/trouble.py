@@ -347,7 +347,7 @@ def _waiting(run, h):
     "Most of the time goes into the reward."
     c, later = run.config, h[1:] if len(h) > 1 else h
     wait, whole = _numbers(later, "reward_s").sum(), sum(_numbers(later, k).sum() for k in ("sample_s", "reward_s", "train_s"))
-    if not wait > 0.5 * whole: return
+    if not wait > max(0.5 * whole, 0.1 * len(later)): return  # less than 0.1 s an epoch is nobody's trouble
     size, n = c.get("sample_batch_size", 0), c.get("samples_per_epoch", 1)
     one = ", and with one batch an epoch nothing is drawn meanwhile" if c.get("method") != "alignprop" and size >= n else ""
     todo = "a smaller sample_batch_size: a batch is scored while the next is drawn; a faster reward, or one on a machine of its own"

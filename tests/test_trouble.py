@@ -123,7 +123,8 @@ CASES = {  # name -> runs that have the finding and no other; runs just inside
               [judged([0.9, 0.85, 0.78], [0, 1, 2]), judged([6., 7., 6.6], [0, 1, 2], "beauty"), judged([0.9, 0.1, 0.9], [0, 1, 2])]),
     "alike": ([judged([0.6, 0.5, 0.39], [0, 1, 2], "clip_diversity_all")],
               [judged([0.6, 0.5, 0.41], [0, 1, 2], "clip_diversity_all")]),
-    "waiting": ([run_of(reward_s=2.1)], [run_of(reward_s=1.9), run_of(reward_s=[60.] + [0.1] * 5)]),
+    "waiting": ([run_of(reward_s=2.1)],
+                [run_of(reward_s=1.9), run_of(reward_s=[60.] + [0.1] * 5), run_of(sample_s=0.01, train_s=0.01, reward_s=0.09)]),
 }
 
 
