@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'STRATEGIES', 'Levels', 'flow_levels', 'levels_of', 'step_factors', 'on_levels', 'along', 'picture_of',
            'noised', 'ddim', 'precise', 'cps', 'flow_sde', 'dance', 'gaussian_marginals', 'step_sensitivity', 'from_vp',
-           'as_flow', 'sde_window', 'within']
+           'as_flow', 'sde_window']
 
 # %% ../nbs/02a_flow.ipynb #138167af
 from dataclasses import dataclass, replace
@@ -250,16 +250,3 @@ def sde_window(
     places = last - first - size + 1
     at = epoch % places if strategy == "mix" else int(torch.randint(places, (), generator=generator_for(seed, "window", epoch)))
     return range(first + at, first + at + size)
-
-def within(
-    window:range,
-    sampler, ode,  # with noise, and without
-):  # a sampler
-    "Noise inside the window, the ODE outside."
-    def step(model_output, i, sample):
-        inside = torch.tensor([k in window for k in torch.as_tensor(i).reshape(-1).tolist()])
-        if inside.all(): return sampler(model_output, i, sample)
-        if not inside.any(): return ode(model_output, i, sample)
-        rows = inside.view(-1, *[1] * (sample.ndim - 1)).to(sample.device)
-        return tuple(torch.where(rows, a, b) for a, b in zip(sampler(model_output, i, sample), ode(model_output, i, sample)))
-    return step

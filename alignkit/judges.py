@@ -106,9 +106,10 @@ def _refuse(model, base, how):
     if how.eta == 0:
         raise ValueError("drift: eta must be above 0; without noise a step has no density (measure such a policy with eta=1)")
 
-def _divergences(model, step, base_step, noise):
+def _divergences(model, step, base_step, noise, window):
     "KL of each step, (B,), along what the policy draws."
     for i, x, mean, std, _ in walk(step, noise):
+        if window and i not in range(*window): continue  # drawn without noise, as it was asked for
         mean_base, std_base = base_step(i, x)
         t = int(model.scheduler.timesteps[i])
         if model.prediction == "flow" and not (std > 0).any(): continue  # its last step has no noise with most samplers
@@ -126,7 +127,7 @@ def drift(
     how:Drawing|None=None,  # None: the defaults with the noise of evaluations; eta above 0: for a policy that draws with 0, measure at 1
     base=None,  # another model to measure from; None: this one with its adapter off
     **changes,  # fields of `how` to set otherwise
-) -> Tensor:  # (B, S) nats, float32: KL(policy step || base step) along trajectories that the policy draws; of a flow model the steps with noise
+) -> Tensor:  # (B, S) nats, float32: KL(policy step || base step) along trajectories that the policy draws; the steps with noise, of a flow model or a window
     "Exact divergence of each sampling step from the base model's."
     how = replace(how or Drawing(purpose="eval"), **changes)
     model, base = (None if m is None else with_density(open_model(m, how.height, how.width)) for m in (model, base))
@@ -134,5 +135,5 @@ def drift(
     found, theirs = [], batches(base, prompts, how) if base is not None else None
     for step, noise in batches(model, prompts, how):
         base_step = base_policy(model.net, step) if base is None else next(theirs)[0]
-        found.append(torch.stack(list(_divergences(model, step, base_step, noise)), 1))
+        found.append(torch.stack(list(_divergences(model, step, base_step, noise, how.window)), 1))
     return torch.cat(found)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'LEVELS', 'picture_and_noise', 'predict_original', 'ddim_mean_std', 'ddim', 'set_levels', 'noisy_steps',
            'get_sampler', 'with_density', 'policy', 'walk', 'generator_for', 'sample_noise', 'Trajectory', 'rollout',
-           'Drawing', 'check_negative', 'led_away', 'batches', 'draw']
+           'Drawing', 'check_negative', 'led_away', 'within', 'sampler_of', 'batches', 'draw']
 
 # %% ../nbs/02_mdp.ipynb #3a3e80a4
 from contextlib import contextmanager, nullcontext
@@ -257,6 +257,7 @@ class Drawing:
     eta:float = 1.  # 0 deterministic, 1 as noisy as DDPM
     sampler:str = "ddim"  # of `SAMPLERS`
     levels:str = "scheduler"  # see `set_levels`
+    window:tuple[int,int]|None = None  # noise in the steps from the first number on and before the second, none in the others; None: in all
     height:int|None = None  # pixels; None: the model's own
     width:int|None = None
     batch_size:int = 64  # pictures at a time; speed and memory only
@@ -280,6 +281,30 @@ def led_away(
     check_negative(model, guidance_scale, negative_prompt)
     return model.encode([negative_prompt]) if guidance_scale != 1 else None
 
+def within(
+    window:range,
+    sampler, ode,  # with noise, and without
+):  # a sampler
+    "Noise inside the window, the deterministic walk outside."
+    def step(model_output, i, sample):
+        inside = torch.tensor([k in window for k in torch.as_tensor(i).reshape(-1).tolist()])
+        if inside.all(): return sampler(model_output, i, sample)
+        if not inside.any(): return ode(model_output, i, sample)
+        rows = inside.view(-1, *[1] * (sample.ndim - 1)).to(sample.device)
+        return tuple(torch.where(rows, a, b) for a, b in zip(sampler(model_output, i, sample), ode(model_output, i, sample)))
+    return step
+
+def sampler_of(
+    model:Model,
+    how:Drawing,
+):  # the sampler
+    "Of a drawing, ready for its steps."
+    S, noisy = how.num_inference_steps, get_sampler(model, how.num_inference_steps, how.eta, how.sampler, how.levels)
+    if how.window is None: return noisy
+    first, last = how.window
+    if not 0 <= first < last <= S: raise ValueError(f"window: 0 <= first < last <= {S} steps, got {how.window}")
+    return within(range(first, last), noisy, get_sampler(model, S, 0., how.sampler, how.levels))
+
 @torch.inference_mode()
 def batches(
     model:Model,
@@ -287,7 +312,7 @@ def batches(
     how:Drawing,
 ):  # yields step (see `policy`) and noise of each batch
     "The policy and the dice of every picture that is to be drawn."
-    sampler = get_sampler(model, how.num_inference_steps, how.eta, how.sampler, how.levels)
+    sampler = sampler_of(model, how)
     cond, empty = model.encode(prompts), led_away(model, how.guidance_scale, how.negative_prompt)
     for at in range(0, len(prompts), how.batch_size):
         here = range(at, min(at + how.batch_size, len(prompts)))

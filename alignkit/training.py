@@ -28,8 +28,8 @@ from .compat import uncompiled
 from .fast import LIBRARIES
 from .folder import SHOWN, Pictures, RunFolder, checkpoints, replace_folder, save_checkpoint
 from .judges import drift, evaluate_each, repeated
-from .flow import RULES, within
-from .mdp import LEVELS, Drawing, policy, rollout, sample_noise
+from .flow import RULES
+from .mdp import LEVELS, Drawing, policy, rollout, sample_noise, within
 from .pipelines import ATTENTION, Cond, Model, find_lora, load_lora, lora_form, part_name, plain_name, plain_weights, read_lora
 from .pipelines import save_lora, tell_cut
 from .progress import Meter, rewards_in_words
