@@ -475,10 +475,11 @@ def table(
     for c in rules["claim"]:
         tests = found[found.claim == c["number"]]
         decide_it = tests[tests.decides]
-        seeds = sorted({n for n in decide_it.seeds if n})
+        numbers = {t["id"] for t in c["test"] if t["statistic"] == "number"}  # counted or measured once: no seeds
+        seeds = sorted({n for n, test in zip(decide_it.seeds, decide_it.test) if n and test.split(",")[0] not in numbers})
         word = of_claim(tests)
-        if waits := int((decide_it.missing > 0).sum()): word += f" ({waits} of {len(decide_it)} tests wait for runs)"
+        if waits := int((decide_it.missing > 0).sum()): word += f" ({waits} of {len(decide_it)} tests lack some seeds)"
         rows.append({
             "": c["number"], "claim": c["says"], "source": c["source"], "effect, lowest to highest": _effects(tests), "verdict": word,
-            "seeds": " to ".join(map(str, sorted({seeds[0], seeds[-1]}))) if seeds else "", "where": c["where"]})
+            "seeds": " to ".join(map(str, sorted({seeds[0], seeds[-1]}))) if seeds else "–", "where": c["where"]})
     return pd.DataFrame(rows)

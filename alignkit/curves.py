@@ -230,7 +230,7 @@ def score_and_truth(
     fig, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 3), layout="constrained", squeeze=False)
     for color, method, tables in _by_method(runs):
         for ax, column in zip(axes[0], panels):
-            for t in tables: ax.plot(t.queries, t[column], color=color, lw=0.5, alpha=0.4)
+            for t in tables: ax.plot(t.queries, t[column], color=color, lw=0.8, alpha=0.6)
             mean = pd.concat(tables).groupby("queries")[column].mean()
             ax.plot(mean.index, mean, color=color, label=method)
     for ax, name in zip(axes[0], panels.values()): ax.set(xlabel="reward queries", ylabel=name, xlim=(0, most_queries))
