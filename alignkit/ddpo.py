@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'PRESETS', 'ddpo_is_loss', 'ddpo_sf_loss', 'pair_log_prob', 'standardise', 'PromptStats', 'BatchStats',
-           'GroupStats', 'per_prompt', 'per_batch', 'per_group', 'DDPOConfig', 'preset', 'update_groups',
-           'kept_steps_of', 'steps_of', 'pair_batches', 'gather', 'advantages_of', 'recomputes', 'recomputed',
+           'GroupStats', 'per_prompt', 'per_batch', 'per_group', 'DDPOConfig', 'preset', 'steps_of', 'update_groups',
+           'kept_steps_of', 'pair_batches', 'gather', 'advantages_of', 'recomputes', 'recomputed',
            'pair_log_prob_and_kl', 'penalised', 'pair_terms', 'first_of', 'train']
 
 # %% ../nbs/08_ddpo.ipynb #51f3cb41
@@ -240,6 +240,22 @@ def preset(
     "The settings of a paper or a peer."
     return DDPOConfig(**{**lookup(PRESETS, name, "preset"), **changes})
 
+# %% ../nbs/08_ddpo.ipynb #0282225c
+def steps_of(
+    job:Job, epoch:int,
+) -> list[int]:  # those that an epoch trains on
+    "The steps that have noise, inside the epoch's window where there is one; outside it the epoch is drawn without."
+    cfg, noisy = job.cfg, list(job.noisy)
+    if cfg.window is None: return noisy
+    last = cfg.num_inference_steps if cfg.window_last is None else cfg.window_last
+    for first in range(cfg.window_first, last - cfg.window + 1):  # wherever it will stand, so that no run ends on its way
+        where = list(range(first, first + cfg.window))
+        if set(where) & set(noisy): continue
+        raise ValueError(f"window: no step of {where} has noise with sampler={cfg.sampler!r}; keep to {noisy} by window_last")
+    at = cfg.seed, cfg.window_first, cfg.window_last
+    job.now.window = sde_window(cfg.num_inference_steps, cfg.window, cfg.window_strategy, epoch, *at)
+    return [i for i in job.now.window if i in noisy]
+
 # %% ../nbs/08_ddpo.ipynb #16745abe
 def update_groups(
     cfg:DDPOConfig,
@@ -253,18 +269,6 @@ def update_groups(
     return [order[u * size + rank:(u + 1) * size:world] for u in range(cfg.updates_per_epoch)]
 
 def kept_steps_of(cfg, steps=None): return max(1, int((steps or cfg.window or cfg.num_inference_steps) * cfg.timestep_fraction))
-
-def steps_of(
-    job:Job, epoch:int,
-) -> list[int]:  # those that an epoch trains on
-    "The steps that have noise, inside the epoch's window where there is one; outside it the epoch is drawn without."
-    cfg, noisy = job.cfg, list(job.noisy)
-    if cfg.window is None: return noisy
-    where = cfg.seed, cfg.window_first, cfg.window_last
-    job.now.window = sde_window(cfg.num_inference_steps, cfg.window, cfg.window_strategy, epoch, *where)
-    steps = [i for i in job.now.window if i in noisy]
-    if steps: return steps
-    raise ValueError(f"window: no step of {list(job.now.window)} has noise with sampler={cfg.sampler!r}; keep to {noisy} by window_last")
 
 def pair_batches(
     cfg:DDPOConfig,

@@ -240,7 +240,7 @@ def sde_window(
     seed:int=0,
     first:int=0, last:int|None=None,  # the window stays in [first, last); None: S
 ) -> range:
-    "Which steps have noise in an epoch: never none, and in turn every step of [first, last)."
+    "Which steps an epoch draws with noise, in turn all of [first, last); keep `last` to steps that can have any (`mdp.noisy_steps`)."
     last = num_inference_steps if last is None else last
     if strategy not in STRATEGIES: raise ValueError(f"strategy: one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if not 0 <= first < last <= num_inference_steps:

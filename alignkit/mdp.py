@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'LEVELS', 'picture_and_noise', 'predict_original', 'ddim_mean_std', 'ddim', 'set_levels', 'noisy_steps',
            'get_sampler', 'with_density', 'policy', 'walk', 'generator_for', 'sample_noise', 'Trajectory', 'rollout',
-           'Drawing', 'check_negative', 'led_away', 'within', 'sampler_of', 'batches', 'draw']
+           'Drawing', 'within', 'sampler_of', 'check_negative', 'led_away', 'batches', 'draw']
 
 # %% ../nbs/02_mdp.ipynb #3a3e80a4
 from contextlib import contextmanager, nullcontext
@@ -263,24 +263,7 @@ class Drawing:
     batch_size:int = 64  # pictures at a time; speed and memory only
     negative_prompt:str|None = None  # what guidance leads away from; None: from what is drawn without a prompt
 
-# %% ../nbs/02_mdp.ipynb #b508dc57
-def check_negative(model:Model, guidance_scale:float, negative_prompt:str|None):
-    "Refuse a negative prompt that nobody would look at."
-    if negative_prompt is None: return
-    if model.guidance is not None: why = "this network guides itself and is told none"
-    elif guidance_scale == 1: why = "without guidance (a scale of 1) nobody looks at it"
-    else: return
-    raise ValueError(f"negative_prompt: {why}, got {negative_prompt!r}")
-
-def led_away(
-    model:Model,
-    guidance_scale:float,  # 1: no guidance
-    negative_prompt:str|None=None,  # None: no prompt
-) -> Cond|None:  # one row, the `empty` of `policy`; None where there is no guidance
-    "What guidance leads away from."
-    check_negative(model, guidance_scale, negative_prompt)
-    return model.encode([negative_prompt]) if guidance_scale != 1 else None
-
+# %% ../nbs/02_mdp.ipynb #d2ac2a16
 def within(
     window:range,
     sampler, ode,  # with noise, and without
@@ -304,6 +287,24 @@ def sampler_of(
     first, last = how.window
     if not 0 <= first < last <= S: raise ValueError(f"window: 0 <= first < last <= {S} steps, got {how.window}")
     return within(range(first, last), noisy, get_sampler(model, S, 0., how.sampler, how.levels))
+
+# %% ../nbs/02_mdp.ipynb #b508dc57
+def check_negative(model:Model, guidance_scale:float, negative_prompt:str|None):
+    "Refuse a negative prompt that nobody would look at."
+    if negative_prompt is None: return
+    if model.guidance is not None: why = "this network guides itself and is told none"
+    elif guidance_scale == 1: why = "without guidance (a scale of 1) nobody looks at it"
+    else: return
+    raise ValueError(f"negative_prompt: {why}, got {negative_prompt!r}")
+
+def led_away(
+    model:Model,
+    guidance_scale:float,  # 1: no guidance
+    negative_prompt:str|None=None,  # None: no prompt
+) -> Cond|None:  # one row, the `empty` of `policy`; None where there is no guidance
+    "What guidance leads away from."
+    check_negative(model, guidance_scale, negative_prompt)
+    return model.encode([negative_prompt]) if guidance_scale != 1 else None
 
 @torch.inference_mode()
 def batches(
