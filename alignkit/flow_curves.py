@@ -35,7 +35,7 @@ RUNS = {  # name -> reward, method, and what differs from a recorded run of the 
     "counting/alignprop_uniform": ("counting", "alignprop_uniform", {}),
 }
 SEEDS = (3, 4, 5)
-COUNTED = ["cat", "chicken", "cow", "dog", "fish", "frog", "horse", "wolf"]  # of which it draws three worst
+COUNTED = ["cat", "chicken", "cow", "dog", "fish", "frog", "horse", "wolf"]  # of each, three
 COUNTING = dict(
     eval_prompts=tuple(counting(COUNTED, [3])), eval_samples=96, eval_guidance_scale=1.,
     eval_rewards=("tiny_count_right", "second_count_right", "clip_diversity"))
