@@ -215,6 +215,16 @@ def test_what_breaks_the_wall_is_seen(tmp_path, sources, kind, where):
     assert [(b.kind, b.where) for b in found] == [(kind, where)]
 
 
+def test_math_with_two_backslashes_is_seen(tmp_path):
+    "A line break of an array is none."
+    path = notebook(tmp_path / "nbs" / "a.ipynb", "1", "2")
+    nb = json.loads(path.read_text())
+    texts = r"a $\\eta$ too many", r"$\begin{aligned}a&=b\\ c&=\eta\end{aligned}$ and $x$"
+    nb["cells"] = [dict(cell_type="markdown", id=f"c{k}", metadata={}, source=text) for k, text in enumerate(texts)]
+    path.write_text(json.dumps(nb))
+    assert [(b.kind, b.where) for b in wall.breaks(path, tmp_path)] == [("math", "nbs/a.ipynb [0] c0")]
+
+
 def test_a_saved_widget_is_seen(tmp_path):
     "As JupyterLab saves a board: a view as output, and its state in the notebook's metadata, which `nbdev_clean` leaves there."
     path = notebook(tmp_path / "nbs" / "a.ipynb", "1", "2")

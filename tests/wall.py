@@ -1,4 +1,5 @@
-"""The wall, over notebooks and tests: how long a line and a cell may be, no ';', no unused name, no state of a widget.
+"""The wall, over notebooks and tests: how long a line and a cell may be, no ';', no unused name, no widget's state,
+no TeX with two backslashes.
 
 `python tests/wall.py [file ...]` lists what breaks it."""
 import ast, io, json, re, sys, tokenize
@@ -17,7 +18,7 @@ NAMES = (messages.UnusedImport, messages.UnusedVariable, messages.UndefinedName)
 class Break(NamedTuple):
     "One place that breaks the wall."
     where: str  # file, cell and line
-    kind: str  # 'columns', 'semicolon', 'cell', 'name', 'widget' or 'syntax'
+    kind: str  # 'columns', 'semicolon', 'cell', 'name', 'widget', 'math' or 'syntax'
     what: str
 
     def __str__(self): return f"{self.where}: {self.what}"
@@ -94,6 +95,16 @@ def widgets_in(path, root=ROOT):
         if any("jupyter.widget" in kind for kind in kinds): yield Break(f"{name} [{k}] {cell['id']}", "widget", "a widget as output")
 
 
+def math_in(path, root=ROOT):
+    "Commands of TeX with two backslashes: a line break and a word, where a symbol is meant."
+    if path.suffix != ".ipynb": return
+    for k, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] != "markdown": continue
+        for formula in re.findall(r"\$[^$\n]+\$", "".join(cell["source"])):
+            if word := re.search(r"\\\\[a-zA-Z]{2,}", formula):
+                yield Break(f"{path.relative_to(root)} [{k}] {cell['id']}", "math", f"{word[0]!s} in a formula, with two backslashes")
+
+
 def breaks(
     path,  # a notebook or a Python file
     root=ROOT,
@@ -102,7 +113,7 @@ def breaks(
     pieces = cells(path, root)
     try:
         found = [b for cell in pieces for check in (lines_of, length_of) for b in check(cell)]
-        return found + list(names_of(pieces)) + list(widgets_in(path, root))
+        return found + list(names_of(pieces)) + list(widgets_in(path, root)) + list(math_in(path, root))
     except (SyntaxError, tokenize.TokenError) as error: return [Break(str(path.relative_to(root)), "syntax", f"does not parse: {error}")]
 
 
