@@ -60,7 +60,7 @@ def flow_run(
 def before_and_after(
     run:Run,  # with its folder
 ) -> Image.Image:  # eight pictures
-    "Four held-out pictures by the untrained model, and the same four at the last evaluation."
+    "Four evaluation pictures by the untrained model, and the same four at the last evaluation."
     last = int(evaluations(run).epoch.iloc[-1])
     rows = [sheet_rows(run.folder.path / "samples" / f"{name}.png")[0] for name in ("base", f"epoch_{last:04d}")]
     strip = Image.new("RGB", (rows[0].width, rows[0].height))
