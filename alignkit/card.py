@@ -217,6 +217,7 @@ def kinds_in(
     if others: found["kohya"] = others[0]
     if (folder / "model_index.json").is_file(): found["pipeline"] = folder
     elif (folder / "diffusion_pytorch_model.safetensors").is_file(): found["network"] = folder
+    if "diffusers" in found and (folder / "adapter_config.json").is_file(): found["peft"] = folder  # see `pipelines.only_peft`
     return found
 
 # %% ../nbs/06c_card.ipynb #c5018e7e
@@ -234,6 +235,13 @@ def _network(folder, where):
     part = "transformer" if "Transformer" in kind else "unet"
     return [f"from diffusers import {kind}", f"pipe.register_modules({part}={kind}.from_pretrained({where!r}))"]
 
+# %% ../nbs/06c_card.ipynb #30ea36ee
+def _adapter(kinds, where):
+    "Lines that put an adapter on a pipeline; by peft where its class reads none."
+    if "peft" in kinds: return ["from peft import PeftModel", f"PeftModel.from_pretrained(pipe.transformer, {where!r})"]
+    kind = next(iter(kinds))
+    return [f"pipe.load_lora_weights({where!r}, weight_name={kinds[kind].name!r})"]
+
 def _call(run, prompt):
     "Lines that draw as the run's evaluations do."
     c = run.config
@@ -241,6 +249,7 @@ def _call(run, prompt):
     if c.get("sampler", "ddim") != "ddim": how.pop("eta", None)
     how["guidance_scale"] = c.get("eval_guidance_scale") or c.get("guidance_scale", 1.)
     if c.get("negative_prompt") is not None: how["negative_prompt"] = c["negative_prompt"]
+    if type(run.pipe).__name__.startswith("PixArt"): how |= dict(use_resolution_binning=False, clean_caption=False)
     told = ", ".join(f"{k}={v!r}" for k, v in how.items())
     seeded = f"g = torch.Generator(pipe.device).manual_seed({c.get('seed', 0)})"
     return [seeded, f"picture = pipe({prompt!r}, {told}, generator=g).images[0]"]
@@ -256,7 +265,7 @@ def loading_code(
     opened = ["from diffusers import DiffusionPipeline", f"pipe = DiffusionPipeline.from_pretrained({where!r})"]
     if kind != "pipeline": opened = _opening(base, bool(repo_id))
     use = ["import torch", *opened]
-    if kind in ("diffusers", "kohya"): use += [f"pipe.load_lora_weights({where!r}, weight_name={kinds[kind].name!r})"]
+    if kind in ("diffusers", "kohya"): use += _adapter(kinds, where)
     if kind == "network": use += _network(kinds[kind], where)
     use += ["pipe.to('cuda' if torch.cuda.is_available() else 'cpu')", *_call(run, prompt), "picture.save('picture.png')"]
     return "\n".join(sorted(use, key=lambda line: not line.startswith(("import", "from"))))  # imports first, else as they stand
@@ -316,6 +325,7 @@ def _elsewhere(kinds):
         file = kinds["kohya"].name
         return (f"In ComfyUI: put `{file}` into `models/loras` and choose it in a *Load LoRA* node, both strengths 1. In AUTOMATIC1111 "
                 f"and Forge: into `models/Lora`, and `<lora:{Path(file).stem}:1>` in the prompt. It needs the same base model there.")
+    if "peft" in kinds: return "Its files are peft's (`adapter_model.safetensors`) and, with the same numbers, alignkit's own."
     if "diffusers" in kinds: return "For ComfyUI and others, alignkit writes the same adapter by `run.save_lora(folder, format='kohya')`."
     return ""
 
@@ -461,7 +471,7 @@ def describe_mixture(
     more = dict(base_model_relation="adapter") if base.hub else {}
     data = ModelCardData(base_model=base.hub, library_name="diffusers", pipeline_tag="text-to-image",
                          tags=["diffusers", "text-to-image", "lora", "alignkit"], **base.licence, **more)
-    opened = ["import torch", *_opening(base, False), f"pipe.load_lora_weights('.', weight_name={kinds['diffusers'].name!r})"]
+    opened = ["import torch", *_opening(base, False), *_adapter(kinds, ".")]
     code = "\n".join(sorted(opened, key=lambda line: not line.startswith(("import", "from"))))
     parts = _rows(["part", "share", "what it is"], [_origin(name, share) for name, share in shares.items()], numbers=False)
     what = f"An adapter (LoRA) of `{base.name}`, mixed by alignkit of what its parts add to the weights, each times its share."

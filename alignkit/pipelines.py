@@ -6,15 +6,16 @@
 __all__ = ['PIPELINES', 'FAMILIES', 'SERVED', 'OURS', 'OFF_THE_PATH', 'ATTENTION', 'ADAPTABLE', 'WEIGHTS', 'data_dir', 'quiet',
            'cast', 'lookup', 'modules_of', 'family', 'check_hooks', 'check_parts', 'load', 'tell_cut', 'tokens',
            'encode', 'decode', 'Cond', 'Model', 'latent_shape', 'pixels', 'ddim_scheduler', 'guidance_embedding',
-           'open_sd', 'open_model', 'guided', 'check_not_fused', 'drop_adapters', 'add_lora', 'named', 'pattern_fits',
-           'adapter_off', 'without_adapters', 'part_name', 'adapter_name', 'lora_layers', 'lora_state', 'bare',
-           'check_names', 'adapted_encoders', 'save_lora', 'read_lora', 'put_lora', 'load_lora', 'lora_form',
-           'lora_sha256', 'find_lora', 'check_fit', 'plain_weights', 'save_pipeline']
+           'open_sd', 'open_model', 'guided', 'check_not_fused', 'only_peft', 'adaptable', 'drop_adapters', 'add_lora',
+           'named', 'pattern_fits', 'adapter_off', 'without_adapters', 'part_name', 'adapter_name', 'lora_layers',
+           'lora_state', 'bare', 'check_names', 'adapted_encoders', 'save_lora', 'read_lora', 'put_lora', 'load_lora',
+           'lora_form', 'lora_sha256', 'find_lora', 'check_fit', 'plain_weights', 'save_pipeline']
 
 # %% ../nbs/01_pipelines.ipynb #353297a0
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,8 @@ FAMILIES = {  # class of the diffusers pipeline -> its `open` function, which ma
     "StableDiffusionXLPipeline": "alignkit.families:open_sdxl",
     "StableDiffusion3Pipeline": "alignkit.mmdit:open_sd3",
     "FluxPipeline": "alignkit.mmdit:open_flux",
+    "PixArtAlphaPipeline": "alignkit.pixart:open_pixart",
+    "PixArtSigmaPipeline": "alignkit.pixart:open_sigma",
 }
 
 SERVED = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "text_time"}  # what their networks are told besides, see `check_parts`
@@ -196,6 +199,11 @@ def load(
 # %% ../nbs/01_pipelines.ipynb #b472f975
 _TOLD = WeakKeyDictionary()  # tokenizer -> prompts of which it was said that they are cut off
 
+def _reads(pipe):
+    "The most tokens of a prompt that a pipeline's own call reads, whatever its tokenizers say."
+    own = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length") if callable(pipe) else None
+    return own.default if own else math.inf
+
 def tell_cut(
     pipe,  # with one tokenizer or more
     prompts:list[str],
@@ -204,7 +212,7 @@ def tell_cut(
     "Say which prompts are longer than what a text encoder reads: two that differ past its last token are one context."
     cut = {}
     for tok in filter(None, (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))):
-        told, most = _TOLD.setdefault(tok, set()), tok.model_max_length
+        told, most = _TOLD.setdefault(tok, set()), min(tok.model_max_length, _reads(pipe))
         new = [p for p in dict.fromkeys(prompts) if p not in told and len(p.encode()) + 2 > most]  # a token is a byte at least
         long = [p for p, ids in zip(new, tok(new, verbose=False).input_ids) if len(ids) > most] if new else []
         told.update(long)
@@ -440,12 +448,38 @@ def check_not_fused(
         raise ValueError("pipe: its adapter is fused into the weights and still there; pipe.unfuse_lora() takes it out again, "
                          "pipe.unload_lora_weights() makes what it did part of the model")
 
+# %% ../nbs/01_pipelines.ipynb #c84363b0
+def only_peft(
+    net,  # network of diffusers
+) -> bool:
+    "Whether diffusers has no adapters for a network's class (PixArt's), so that peft itself puts them on and reads them."
+    kind = type(uncompiled(net))
+    return getattr(kind, "adapters_are_lent", not hasattr(kind, "add_adapter"))
+
+@cache
+def _with_adapters(kind):
+    "A class that takes adapters as diffusers' others do, of one that takes none."
+    from diffusers.loaders import PeftAdapterMixin
+    return type(kind.__name__, (kind, PeftAdapterMixin), dict(__module__=kind.__module__, adapters_are_lent=True))
+
+def adaptable(
+    net,  # network of diffusers
+):  # the same one
+    "A network whose class takes no adapters is given the methods of those that do; its weights, names and answers stay."
+    plain = uncompiled(net)
+    if not hasattr(plain, "add_adapter"): plain.__class__ = _with_adapters(type(plain))
+    return net
+
+# %% ../nbs/01_pipelines.ipynb #f7d3639f
 def drop_adapters(
     net,  # with or without adapters
 ):
     "Take all adapters off; the layers that peft leaves behind are switched on, for the next one."
     check_not_fused(net)
     if not getattr(net, "peft_config", None): return
+    if only_peft(net):
+        take_adapters(uncompiled(net))  # peft may have put them on without a word to the network
+        return
     net.enable_adapters()
     net.delete_adapters(list(net.peft_config))
 
@@ -472,7 +506,7 @@ def add_lora(
     config = LoraConfig(init_lora_weights="gaussian", **form)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net.add_adapter(config)
+        adaptable(net).add_adapter(config)
     params = [p for p in net.parameters() if p.requires_grad]
     for p in params: p.data = p.data.float()
     return params
@@ -620,12 +654,21 @@ def adapted_encoders(
     parts = {n: p for n, p in pipe.components.items() if n.startswith("text_encoder") and getattr(p, "peft_config", None)}
     return {n: p for n, p in parts.items() if on(p)}
 
+def _save_for_peft(net, folder):
+    "The two files that peft's `PeftModel.from_pretrained(network, folder)` reads."
+    from safetensors.torch import save_file
+    config, settings = copy.copy(net.peft_config[adapter_name(net)]), _settings(net)
+    for k in ("rank_pattern", "alpha_pattern"): setattr(config, k, settings[k])
+    config.save_pretrained(folder)
+    state = {f"base_model.model.{k}": v for k, v in lora_state(net).items()}
+    save_file(state, Path(folder) / "adapter_model.safetensors", metadata=dict(format="pt"))
+
 def save_lora(
     net,  # with an adapter
-    folder:str|Path,  # gets pytorch_lora_weights.safetensors
+    folder:str|Path,  # gets pytorch_lora_weights.safetensors; for a network of `only_peft` also peft's two files
     pipe=None,  # the pipeline of the network: adapters that its text encoders have are written too; None: the network's only
 ):
-    "Save the adapter so that the diffusers pipeline's `load_lora_weights(folder)` reads it, alpha included."
+    "Save the adapter so that the diffusers pipeline's `load_lora_weights(folder)` reads it, alpha included; where it has none, peft does."
     from diffusers import StableDiffusionPipeline, StableDiffusion3Pipeline
     if Path(folder).is_file(): raise NotADirectoryError(f"folder: {folder} is a file")
     plain = StableDiffusionPipeline if part_name(net) == "unet" else StableDiffusion3Pipeline  # SDXL's and FLUX's files are written in the same way
@@ -634,7 +677,8 @@ def save_lora(
     written = {f"{name}_lora_layers": lora_state(part) for name, part in parts.items()}
     # without the metadata a loader assumes alpha = r, and the picture changes
     written |= {f"{name}_lora_adapter_metadata": _settings(part) for name, part in parts.items()}
-    (plain if pipe is None else type(pipe)).save_lora_weights(folder, **written)
+    (type(pipe) if hasattr(pipe, "save_lora_weights") else plain).save_lora_weights(folder, **written)
+    if only_peft(net): _save_for_peft(net, folder)
 
 # %% ../nbs/01_pipelines.ipynb #7cf65437
 def _settings_of_peft(path):

@@ -22,7 +22,7 @@ from .card import describe, push, sheets
 from .compat import plain_name, uncompiled
 from .folder import RunFolder, checkpoints
 from .kohya import read_header, save_kohya
-from .pipelines import PIPELINES, WEIGHTS, cast, data_dir, drop_adapters, load, modules_of, open_model, part_name
+from .pipelines import PIPELINES, WEIGHTS, adaptable, cast, data_dir, drop_adapters, load, modules_of, open_model, part_name
 from .pipelines import save_lora, save_pipeline
 from .progress import duration
 from .rewards import with_unit
@@ -390,7 +390,7 @@ def _put(model, where, trainable):
     if trainable == "full": return put_weights(net, load_file(weights_file(where, trainable)))
     if getattr(net, "peft_config", None): warnings.warn("pipe: the adapter that this pipeline has is replaced by the run's")
     drop_adapters(net)
-    net.load_lora_adapter(str(where), prefix=part_name(net), weight_name=WEIGHTS, adapter_name="default")
+    adaptable(net).load_lora_adapter(str(where), prefix=part_name(net), weight_name=WEIGHTS, adapter_name="default")
 
 # %% ../nbs/06d_runs.ipynb #5a92de71
 def load_run(

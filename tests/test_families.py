@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, SD3 and FLUX with every method, on folders with random weights: a family is a page, and nothing else knows of it.
+"""Stable Diffusion XL, SD3, FLUX and PixArt, every method, on folders with random weights: a family is a page, nothing else knows of it.
 The invariants of a run, on the embedded SD3."""
 import os, signal
 from dataclasses import replace
@@ -10,6 +10,7 @@ from alignkit import alignprop, ddpo, rwr
 from alignkit.mdp import draw
 from alignkit.pipelines import load
 from alignkit.rewards import Reward
+from alignkit.runs import Run
 from conftest import PROMPTS, bits, brightness, history, in_child, on_two, updates_of, weights
 
 red = Reward(brightness, "brightness", differentiable=True)
@@ -32,6 +33,7 @@ FLOW = {
     "refl": (alignprop.train, alignprop.AlignPropConfig(updates_per_epoch=2, strategy="refl", num_epochs=2, **SHARED)),
 }
 CASES = [("sdxl", name) for name in METHODS] + [("sd3", name) for name in FLOW] + [("flux", name) for name in ("flow_sde", "alignprop")]
+CASES += [("pixart", name) for name in ("ddpo", "alignprop")]
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +100,42 @@ def flow_folders(tmp_path_factory):
     return {name: str(folder / name) for name in ("sd3", "flux")}
 
 
+@pytest.fixture(scope="module")
+def pixart_folder(tmp_path_factory):
+    "A PixArtAlphaPipeline with random weights, its own solver; 32 x 32 pictures, latents 4 x 8 x 8."
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+    from alignkit import tiny
+    folder = tmp_path_factory.mktemp("pixart")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tok = tiny.make_tokenizer(folder / "tokenizer")
+        net = PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=16, sample_size=8,
+            patch_size=2, caption_channels=16)
+        for p in net.parameters():
+            if p.ndim > 1: torch.nn.init.normal_(p, std=0.2)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.13025,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+        t5 = T5EncoderModel(T5Config(vocab_size=len(tok), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+        solver = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+        PixArtAlphaPipeline(tok, t5, vae, net, solver).save_pretrained(folder)
+    return str(folder)
+
+
+def put_on(plain, lora):
+    "An adapter on a pipeline of diffusers, by diffusers; by peft where its class reads none."
+    if hasattr(plain, "load_lora_weights"): return plain.load_lora_weights(lora)
+    from peft import PeftModel
+    PeftModel.from_pretrained(plain.transformer, lora)
+
+
 @pytest.mark.filterwarnings("ignore:pipe. it has no third text encoder")
 @pytest.mark.parametrize("family, method", CASES)
-def test_a_method_trains_it(sdxl_folder, flow_folders, tmp_path, family, method):
+def test_a_method_trains_it(sdxl_folder, flow_folders, pixart_folder, tmp_path, family, method):
     "The weights move; a run that was stopped goes on bit for bit; plain diffusers draws the same from the saved adapter."
-    folder, (train, cfg) = dict(sdxl=sdxl_folder, **flow_folders)[family], (METHODS if family == "sdxl" else FLOW)[method]
+    folder, (train, cfg) = dict(sdxl=sdxl_folder, pixart=pixart_folder, **flow_folders)[family], {**FLOW, **METHODS}[method]
     cfg = replace(cfg, height=cfg.height or 32, width=cfg.width or 32)
     run = train(folder, red, PROMPTS, cfg, out=tmp_path / "run")
     assert (run.history.grad_norm > 0).all() and np.isfinite(run.history[["reward_mean", "loss", "eval_reward_mean"]]).all(axis=None)
@@ -115,10 +148,27 @@ def test_a_method_trains_it(sdxl_folder, flow_folders, tmp_path, family, method)
     how = dict(num_inference_steps=3, guidance_scale=3., eta=0., height=cfg.height, width=cfg.width)
     plain = load(folder)
     base = draw(plain, PROMPTS, **how)
-    plain.load_lora_weights(tmp_path / "run" / "lora")
+    put_on(plain, tmp_path / "run" / "lora")
     ours = draw(run.pipe, PROMPTS, **how)
     assert (ours - base).abs().max() > 1e-4 and ours.shape[2:] == (cfg.height, cfg.width)
     assert_close(draw(plain, PROMPTS, **how), ours, rtol=0, atol=1e-5)
+
+
+def test_the_card_of_a_pixart_run(pixart_folder, tmp_path):
+    "The code on it draws in a fresh place; a run is read again with its adapter, which kohya's format has no names for."
+    train, cfg = METHODS["ddpo"]
+    run = train(pixart_folder, red, PROMPTS, replace(cfg, num_epochs=1, height=32, width=32), out=tmp_path / "run")
+    lora = tmp_path / "run" / "lora"
+    code = (lora / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert "PeftModel.from_pretrained(pipe.transformer, '.')" in code and "load_lora_weights" not in code
+    drawn = {}
+    exec(code.replace("'.'", repr(str(lora))).replace("'picture.png'", repr(str(tmp_path / "picture.png"))), drawn)
+    assert drawn["picture"].size == (32, 32) and (tmp_path / "picture.png").is_file()
+    how = dict(num_inference_steps=3, guidance_scale=3., eta=0.)
+    again = Run.load(tmp_path / "run", pipe=load(pixart_folder))
+    assert_close(draw(again.pipe, PROMPTS, **how), draw(run.pipe, PROMPTS, **how), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="known for a UNet, not for a PixArtTransformer2DModel"):
+        run.save_lora(tmp_path / "k", format="kohya")
 
 
 def test_a_window_without_noise_is_named(flow_folders):

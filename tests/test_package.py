@@ -104,6 +104,10 @@ CALLS = dict(  # one function of every module, called as a user would; later one
     mmdit="""
         from alignkit.mmdit import pack, unpack
         assert unpack(pack(torch.ones(2, 4, 6, 8)), 6, 8).shape == (2, 4, 6, 8)""",
+    pixart="""
+        from alignkit.pipelines import FAMILIES, lookup
+        from alignkit.pixart import open_sigma
+        assert lookup(FAMILIES, 'PixArtSigmaPipeline') is open_sigma""",
     flow="""
         from alignkit.flow import flow_levels, step_sensitivity
         assert round(float(step_sensitivity(flow_levels(10, 3.), 0.7, 'flow_sde')[0]), 3) == 0.051""",
